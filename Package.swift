@@ -1,0 +1,47 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+/// One set of settings for every Swift target. `_GNU_SOURCE` is forwarded to the C importer, so that the Glibc module
+/// shows the Linux calls (preadv2, O_DIRECT, SEEK_DATA, ...) and agrees with the C targets about its structures.
+/// DISKGATE_STRICT=1 (set by Scripts/test) makes warnings errors; a user's newer compiler may know new ones.
+let settings: [SwiftSetting] =
+    [
+        .enableUpcomingFeature("ExistentialAny"),
+        .enableUpcomingFeature("InternalImportsByDefault"),
+        .enableUpcomingFeature("MemberImportVisibility"),
+    ] + (Context.environment["DISKGATE_STRICT"] == "1" ? [.treatAllWarnings(as: .error)] : [])
+
+let gnuSource: [CSetting] = [.define("_GNU_SOURCE")]
+
+let package = Package(
+    name: "diskgate-package",
+    products: [
+        .executable(name: "diskgate", targets: ["diskgate"])
+    ],
+    dependencies: [
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0")
+    ],
+    targets: [
+        .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
+        .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
+        .target(name: "CLinux", cSettings: gnuSource, linkerSettings: [.linkedLibrary("uring")]),
+        .target(name: "Block", cSettings: gnuSource, swiftSettings: settings),
+        .target(name: "LinuxIO", dependencies: ["Block", "CLinux"], cSettings: gnuSource, swiftSettings: settings),
+        .target(
+            name: "Formats", dependencies: ["Block", "LinuxIO", "CZstd", "CZlib"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .target(
+            name: "NBD", dependencies: ["Block", "LinuxIO", "CLinux"], cSettings: gnuSource, swiftSettings: settings),
+        .target(
+            name: "Transports", dependencies: ["Block", "LinuxIO", "Formats"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .target(
+            name: "Gateway", dependencies: ["Block", "LinuxIO", "NBD", "Transports"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .executableTarget(
+            name: "diskgate",
+            dependencies: ["Gateway", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            cSettings: gnuSource, swiftSettings: settings),
+    ],
+    swiftLanguageModes: [.v6]
+)

@@ -1,0 +1,77 @@
+// What Swift's Glibc module cannot reach: io_uring, ioctls, openat2, statx alignment, vsock and
+// variadic calls. Each function does one system call (or one liburing step) and returns its result;
+// a failure is a negative errno unless said otherwise.
+#pragma once
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+// ---- io_uring (opaque: liburing.h redefines structures that the Glibc module has) ----
+
+typedef struct dg_ring dg_ring;
+
+typedef struct {
+    uint64_t user_data;
+    int32_t result;
+} dg_completion;
+
+// A ring for one thread with room for `entries` submissions, or NULL with *error set to an errno.
+dg_ring *dg_ring_create(unsigned entries, int *error);
+void dg_ring_destroy(dg_ring *ring);
+// Queue one operation; false when the submission queue is full (submit, then try again).
+bool dg_ring_read(dg_ring *ring, int fd, void *buffer, unsigned length, uint64_t offset, uint64_t user_data);
+bool dg_ring_write(dg_ring *ring, int fd, const void *buffer, unsigned length, uint64_t offset, bool durable,
+                   uint64_t user_data);
+bool dg_ring_poll_in(dg_ring *ring, int fd, uint64_t user_data);
+bool dg_ring_cancel(dg_ring *ring, uint64_t target, uint64_t user_data);
+// Submits what is queued and waits for at least `wait` completions.
+int dg_ring_submit_and_wait(dg_ring *ring, unsigned wait);
+// Copies up to `capacity` completions and marks them seen.
+unsigned dg_ring_reap(dg_ring *ring, dg_completion *completions, unsigned capacity);
+
+// ---- block nodes ----
+
+int dg_block_size64(int fd, uint64_t *bytes);
+int dg_block_logical_size(int fd, unsigned *bytes);
+int dg_block_physical_size(int fd, unsigned *bytes);
+int dg_block_io_min(int fd, unsigned *bytes);
+int dg_block_io_opt(int fd, unsigned *bytes);
+int dg_block_read_only_get(int fd, bool *read_only);
+int dg_block_read_only_set(int fd, bool read_only);
+int dg_block_discard(int fd, uint64_t offset, uint64_t length);
+int dg_block_zero_out(int fd, uint64_t offset, uint64_t length);
+int dg_block_flush_buffers(int fd);
+int dg_block_disk_sequence(int fd, uint64_t *sequence);
+
+// ---- files ----
+
+// openat2 with RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS below `directory`; a descriptor or a negative errno.
+int dg_open_beneath(int directory, const char *path, int flags);
+// Memory and offset alignment that O_DIRECT needs on this file; 0 and 0 where O_DIRECT is not supported.
+int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
+int dg_set_flags(int fd, int flags);
+int dg_get_flags(int fd);
+int dg_set_close_on_exec(int fd);
+int dg_memfd(const char *name);
+// open(2) with a mode, which Swift sees as variadic.
+int dg_open(const char *path, int flags, unsigned mode);
+
+// ---- sockets ----
+
+int dg_vsock_listen(uint32_t port, int backlog);
+int dg_vsock_peer(int fd, uint32_t *cid, uint32_t *port);
+// Credentials of the process at the other end of a Unix socket.
+int dg_unix_peer(int fd, int32_t *pid, uint32_t *uid, uint32_t *gid);
+
+// ---- processes and signals ----
+
+// A descriptor that becomes readable when one of the signals arrives; the signals must be blocked.
+int dg_signalfd(const int *signals, int count);
+int dg_signal_read(int fd);
+int dg_eventfd(void);
+// Asks the kernel to send SIGTERM to this process when its parent dies.
+int dg_die_with_parent(void);
+// Blocks read by this thread from storage so far (512-byte units): tells cached reads from real ones.
+long dg_thread_blocks_read(void);

@@ -1,0 +1,144 @@
+// System calls that need a C macro, a variadic argument or a header that Swift does not import (see CLinux.h).
+#include "CLinux.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <linux/openat2.h>
+#include <linux/vm_sockets.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef BLKGETDISKSEQ
+#define BLKGETDISKSEQ _IOR(0x12, 128, __u64)
+#endif
+
+static int checked(long result) { return result < 0 ? -errno : (int)result; }
+
+int dg_block_size64(int fd, uint64_t *bytes) { return checked(ioctl(fd, BLKGETSIZE64, bytes)); }
+
+int dg_block_logical_size(int fd, unsigned *bytes) {
+    int value = 0;
+    int result = checked(ioctl(fd, BLKSSZGET, &value));
+    *bytes = value > 0 ? (unsigned)value : 0;
+    return result;
+}
+
+int dg_block_physical_size(int fd, unsigned *bytes) { return checked(ioctl(fd, BLKPBSZGET, bytes)); }
+int dg_block_io_min(int fd, unsigned *bytes) { return checked(ioctl(fd, BLKIOMIN, bytes)); }
+int dg_block_io_opt(int fd, unsigned *bytes) { return checked(ioctl(fd, BLKIOOPT, bytes)); }
+
+int dg_block_read_only_get(int fd, bool *read_only) {
+    int value = 0;
+    int result = checked(ioctl(fd, BLKROGET, &value));
+    *read_only = value != 0;
+    return result;
+}
+
+int dg_block_read_only_set(int fd, bool read_only) {
+    int value = read_only;
+    return checked(ioctl(fd, BLKROSET, &value));
+}
+
+int dg_block_discard(int fd, uint64_t offset, uint64_t length) {
+    uint64_t range[2] = {offset, length};
+    return checked(ioctl(fd, BLKDISCARD, range));
+}
+
+int dg_block_zero_out(int fd, uint64_t offset, uint64_t length) {
+    uint64_t range[2] = {offset, length};
+    return checked(ioctl(fd, BLKZEROOUT, range));
+}
+
+int dg_block_flush_buffers(int fd) { return checked(ioctl(fd, BLKFLSBUF, 0)); }
+int dg_block_disk_sequence(int fd, uint64_t *sequence) { return checked(ioctl(fd, BLKGETDISKSEQ, sequence)); }
+
+int dg_open_beneath(int directory, const char *path, int flags) {
+    struct open_how how = {0};
+    how.flags = (uint64_t)flags | O_CLOEXEC;
+    how.resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS;
+    return checked(syscall(SYS_openat2, directory, path, &how, sizeof how));
+}
+
+// Debian 12's headers know STATX_DIOALIGN only in part, so the answer is taken from its documented place.
+int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
+    unsigned char answer[256] = {0};
+    *memory = *offset = 0;
+    long result = syscall(SYS_statx, fd, "", AT_EMPTY_PATH, 0x2000U, answer);
+    if (result < 0) return -errno;
+    uint32_t mask;
+    memcpy(&mask, answer, sizeof mask);
+    if (!(mask & 0x2000U)) return 0;
+    memcpy(memory, answer + 0x98, sizeof *memory);
+    memcpy(offset, answer + 0x9C, sizeof *offset);
+    return 0;
+}
+
+int dg_set_flags(int fd, int flags) { return checked(fcntl(fd, F_SETFL, flags)); }
+int dg_get_flags(int fd) { return checked(fcntl(fd, F_GETFL)); }
+int dg_set_close_on_exec(int fd) { return checked(fcntl(fd, F_SETFD, FD_CLOEXEC)); }
+int dg_memfd(const char *name) { return checked(memfd_create(name, MFD_CLOEXEC)); }
+int dg_open(const char *path, int flags, unsigned mode) { return checked(open(path, flags | O_CLOEXEC, mode)); }
+
+int dg_vsock_listen(uint32_t port, int backlog) {
+    int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return -errno;
+    struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port};
+    if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0 || listen(fd, backlog) < 0) {
+        int error = errno;
+        close(fd);
+        return -error;
+    }
+    return fd;
+}
+
+int dg_vsock_peer(int fd, uint32_t *cid, uint32_t *port) {
+    struct sockaddr_vm address = {0};
+    socklen_t length = sizeof address;
+    if (getpeername(fd, (struct sockaddr *)&address, &length) < 0) return -errno;
+    *cid = address.svm_cid;
+    *port = address.svm_port;
+    return 0;
+}
+
+int dg_unix_peer(int fd, int32_t *pid, uint32_t *uid, uint32_t *gid) {
+    struct ucred peer = {0};
+    socklen_t length = sizeof peer;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) < 0) return -errno;
+    *pid = peer.pid;
+    *uid = peer.uid;
+    *gid = peer.gid;
+    return 0;
+}
+
+int dg_signalfd(const int *signals, int count) {
+    sigset_t set;
+    sigemptyset(&set);
+    for (int i = 0; i < count; i++) sigaddset(&set, signals[i]);
+    return checked(signalfd(-1, &set, SFD_CLOEXEC));
+}
+
+int dg_signal_read(int fd) {
+    struct signalfd_siginfo info;
+    ssize_t got = read(fd, &info, sizeof info);
+    if (got < 0) return -errno;
+    return got == sizeof info ? (int)info.ssi_signo : -EIO;
+}
+
+int dg_eventfd(void) { return checked(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)); }
+int dg_die_with_parent(void) { return checked(prctl(PR_SET_PDEATHSIG, SIGTERM)); }
+
+long dg_thread_blocks_read(void) {
+    struct rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) < 0 ? 0 : usage.ru_inblock;
+}
