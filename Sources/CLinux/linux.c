@@ -17,6 +17,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #ifndef BLKGETDISKSEQ
@@ -89,6 +90,15 @@ int dg_get_flags(int fd) { return checked(fcntl(fd, F_GETFL)); }
 int dg_set_close_on_exec(int fd) { return checked(fcntl(fd, F_SETFD, FD_CLOEXEC)); }
 int dg_memfd(const char *name) { return checked(memfd_create(name, MFD_CLOEXEC)); }
 int dg_open(const char *path, int flags, unsigned mode) { return checked(open(path, flags | O_CLOEXEC, mode)); }
+
+unsigned dg_device_major(uint64_t device) { return major(device); }
+unsigned dg_device_minor(uint64_t device) { return minor(device); }
+
+int dg_bind(int fd, const void *address, unsigned length) { return checked(bind(fd, address, length)); }
+int dg_connect(int fd, const void *address, unsigned length) { return checked(connect(fd, address, length)); }
+int dg_local_address(int fd, void *address, unsigned *length) { return checked(getsockname(fd, address, length)); }
+int dg_peer_address(int fd, void *address, unsigned *length) { return checked(getpeername(fd, address, length)); }
+int dg_accept(int fd) { return checked(accept4(fd, NULL, NULL, SOCK_CLOEXEC)); }
 
 int dg_vsock_listen(uint32_t port, int backlog) {
     int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);

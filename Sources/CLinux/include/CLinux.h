@@ -58,7 +58,18 @@ int dg_memfd(const char *name);
 // open(2) with a mode, which Swift sees as variadic.
 int dg_open(const char *path, int flags, unsigned mode);
 
+unsigned dg_device_major(uint64_t device);
+unsigned dg_device_minor(uint64_t device);
+
 // ---- sockets ----
+
+// bind, connect, getsockname and getpeername with plain pointers (glibc's transparent unions do not import).
+int dg_bind(int fd, const void *address, unsigned length);
+int dg_connect(int fd, const void *address, unsigned length);
+int dg_local_address(int fd, void *address, unsigned *length);
+int dg_peer_address(int fd, void *address, unsigned *length);
+// accept4 with SOCK_CLOEXEC.
+int dg_accept(int fd);
 
 int dg_vsock_listen(uint32_t port, int backlog);
 int dg_vsock_peer(int fd, uint32_t *cid, uint32_t *port);

@@ -1,0 +1,190 @@
+// A block node (/dev/sdb, a LUN, a loop device) as a disk: sizes and limits by ioctl, identity from sysfs.
+public import Block
+import CLinux
+import Glibc
+import Synchronization
+
+/// A block node as a disk.
+public final class BlockNodeDevice: BlockDevice {
+    public let info: DeviceInfo
+    private let node: Descriptor
+    private let shared: FileRef
+    private let stable: FileRef
+    private let writers: WriterCount
+    private let isWriter: Bool
+    private let restoreWritable: Bool
+    private let sector: UInt64
+    private let directLock = Lock()
+
+    /// Opens a block node.
+    ///
+    /// - Throws: `BlockError`: it cannot be opened (with `isExclusive` also: it is mounted or held by another), is no
+    ///   block node, or tells no size.
+    public static func open(_ path: String, _ options: RawOptions = RawOptions()) throws(BlockError)
+        -> BlockNodeDevice
+    {
+        var flags = options.isWritable ? O_RDWR : O_RDONLY
+        if options.isDirect { flags |= O_DIRECT }
+        if options.isExclusive || options.isWritable { flags |= O_EXCL }
+        do throws(BlockError) {
+            return try BlockNodeDevice(Descriptor.open(path, flags), name: path, options)
+        } catch where error.message.contains(systemErrorText(EBUSY)) {
+            throw BlockError(
+                error.kind,
+                "\(error.message): it is mounted, or held by LVM, RAID, multipath or another program; release it first "
+                    + "(lsblk \(path) shows by whom)")
+        }
+    }
+
+    /// A device over an open block node, which it keeps open.
+    init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
+        let status = try node.status()
+        guard status.st_mode & S_IFMT == S_IFBLK else {
+            throw BlockError(.invalid, "opening \(name) as a block device: it is none")
+        }
+        let limits = try NodeLimits(node.number, name: name)
+        if options.isWritable && limits.isReadOnly {
+            throw BlockError(.readOnly, "opening \(name) for writing: the kernel holds it read-only (blockdev --setrw)")
+        }
+        var info = DeviceInfo(size: limits.size, format: "raw", name: name)
+        info.isReadOnly = !options.isWritable
+        info.minimumBlock = limits.logicalSector
+        info.preferredBlock = limits.preferred
+        info.writesArePrompt = options.isWritable && !options.isDirect
+        info.canDiscard = options.isWritable
+        let sysfs = NodeIdentity(status.st_rdev)
+        info.isRotational = sysfs.isRotational
+        info.identity = sysfs.facts
+        var diskSequence: UInt64 = 0
+        if dg_block_disk_sequence(node.number, &diskSequence) == 0 {
+            info.identity.append(("diskseq", String(diskSequence)))
+        }
+        var traits: FileTraits = .blockNode
+        if options.isDirect {
+            traits = traits.union(.direct).aligned(to: try directAlignment(node.number, name: name))
+        } else if probeTryable(node.number) {
+            traits.formUnion(.tryable)
+        }
+        var madeReadOnly = false
+        if options.isExclusive && !options.isWritable && !limits.isReadOnly {
+            let result = dg_block_read_only_set(node.number, true)
+            if result < 0 { throw BlockError(errno: -result, "making \(name) read-only in the kernel (BLKROSET)") }
+            madeReadOnly = true
+        }
+        self.info = info
+        self.node = node
+        shared = FileRef(descriptor: node.number, traits: traits)
+        stable = FileRef(descriptor: node.number, traits: traits.union(.stable))
+        writers = OpenFiles.writers(of: status)
+        isWriter = options.isWritable
+        restoreWritable = madeReadOnly
+        sector = UInt64(limits.logicalSector)
+        if isWriter { writers.writers.add(1, ordering: .sequentiallyConsistent) }
+    }
+
+    deinit {
+        if isWriter { writers.writers.subtract(1, ordering: .sequentiallyConsistent) }
+        if restoreWritable { _ = dg_block_read_only_set(node.number, false) }
+    }
+
+    public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
+        -> UInt64
+    {
+        let reference = writers.writers.load(ordering: .relaxed) == 0 ? stable : shared
+        let added = extents.append(range.count64, .file(reference, offset: range.lowerBound))
+        return added ? range.upperBound : range.lowerBound
+    }
+
+    public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
+        let flags = durable ? RWF_DSYNC : 0
+        do throws(BlockError) {
+            if shared.traits.contains(.direct) {
+                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: directLock)
+            } else {
+                try writeFully(node.number, bytes, at: offset, flags: flags)
+            }
+        } catch { throw error.during("writing to \(info.name)") }
+    }
+
+    /// The whole sectors inside a range; empty when there is none.
+    private func wholeSectors(_ range: Range<UInt64>) -> Range<UInt64> {
+        let start = (range.lowerBound + sector - 1) / sector * sector
+        let end = range.upperBound / sector * sector
+        return start..<max(start, end)
+    }
+
+    public func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
+        if options.contains(.fastOnly) {
+            // BLKZEROOUT falls back to writing without a word, so speed cannot be promised.
+            throw BlockError(.unsupported, "zeroing a range of \(info.name) fast: a block device cannot promise it")
+        }
+        let whole = wholeSectors(range)
+        if whole.isEmpty {
+            try writeZeros(to: self, range)
+        } else {
+            let head = range.lowerBound..<whole.lowerBound
+            let tail = whole.upperBound..<range.upperBound
+            if !head.isEmpty { try writeZeros(to: self, head) }
+            if !tail.isEmpty { try writeZeros(to: self, tail) }
+            let result = dg_block_zero_out(node.number, whole.lowerBound, whole.count64)
+            if result == -EOPNOTSUPP || result == -EINVAL {
+                try writeZeros(to: self, whole)
+            } else if result < 0 {
+                throw BlockError(errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
+            }
+        }
+        if options.contains(.durable) { try flush() }
+    }
+
+    public func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
+        let whole = wholeSectors(range)
+        if whole.isEmpty { return }
+        let result = dg_block_discard(node.number, whole.lowerBound, whole.count64)
+        // Discarding is advice: a device that does not know it is left as it is.
+        if result < 0 && result != -EOPNOTSUPP && result != -EINVAL {
+            throw BlockError(errno: -result, "discarding \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
+        }
+        if durable { try flush() }
+    }
+
+    public func flush() throws(BlockError) {
+        if isWriter, fdatasync(node.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+    }
+
+    public func prefetch(_ range: Range<UInt64>) {
+        posix_fadvise(
+            node.number, off_t(truncatingIfNeeded: range.lowerBound), off_t(truncatingIfNeeded: range.count64),
+            POSIX_FADV_WILLNEED)
+    }
+}
+
+/// Sizes and limits that the kernel tells of a block node.
+private struct NodeLimits {
+    let size: UInt64
+    let logicalSector: UInt32
+    let preferred: UInt32
+    let isReadOnly: Bool
+
+    init(_ descriptor: Int32, name: String) throws(BlockError) {
+        var bytes: UInt64 = 0
+        let result = dg_block_size64(descriptor, &bytes)
+        if result < 0 { throw BlockError(errno: -result, "asking for the size of \(name) (BLKGETSIZE64)") }
+        if bytes == 0 {
+            throw BlockError(.invalid, "opening \(name): the device reports 0 bytes; it has no medium, or is gone")
+        }
+        var logical: UInt32 = 0
+        var physical: UInt32 = 0
+        var best: UInt32 = 0
+        var readOnly = false
+        _ = dg_block_logical_size(descriptor, &logical)
+        _ = dg_block_physical_size(descriptor, &physical)
+        _ = dg_block_io_opt(descriptor, &best)
+        _ = dg_block_read_only_get(descriptor, &readOnly)
+        size = bytes
+        logicalSector = min(max(logical.powerOfTwo, 512), 65536)
+        // An optimal size that is no power of two (RAID stripes) cannot be told over NBD; the physical sector can.
+        let wanted = best.nonzeroBitCount == 1 ? max(best, physical) : physical
+        preferred = min(max(wanted.powerOfTwo, 4096, logicalSector), 1 << 20)
+        isReadOnly = readOnly
+    }
+}

@@ -1,0 +1,121 @@
+// Plain threads for the data plane: one per connection, and lanes for calls that may block.
+public import Block
+import CLinux
+import Glibc
+
+/// Starts a detached thread.
+///
+/// - Parameters:
+///   - name: at most 15 bytes are shown by the system.
+///   - stackSize: bytes, at least 64 KiB.
+/// - Throws: `.noMemory` when the system gives no thread.
+public func startThread(name: String, stackSize: Int = 512 * 1024, _ body: @escaping @Sendable () -> Void)
+    throws(BlockError)
+{
+    final class Start: Sendable {
+        let body: @Sendable () -> Void
+        init(_ body: @escaping @Sendable () -> Void) { self.body = body }
+    }
+    var attributes = pthread_attr_t()
+    pthread_attr_init(&attributes)
+    defer { pthread_attr_destroy(&attributes) }
+    pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
+    pthread_attr_setstacksize(&attributes, stackSize)
+    let start = Unmanaged.passRetained(Start(body))
+    var thread = pthread_t()
+    let result = pthread_create(
+        &thread, &attributes,
+        { argument in
+            guard let argument else { return nil }
+            Unmanaged<Start>.fromOpaque(argument).takeRetainedValue().body()
+            return nil
+        }, start.toOpaque())
+    if result != 0 {
+        start.release()
+        throw BlockError(.noMemory, "starting the thread \(name): \(systemErrorText(result))")
+    }
+    pthread_setname_np(thread, String(name.prefix(15)))
+}
+
+/// Worker threads for calls that may block: flushes, durable writes, sources. Started when needed, gone when idle.
+public final class Lanes: @unchecked Sendable {
+    // Sendable because all state is touched only under `mutex`.
+
+    /// The most threads: enough to keep a deep storage queue busy, few enough to be no burden.
+    public static let threadsMax = 64
+    /// Seconds that an idle thread stays.
+    static let idleSeconds = 5
+
+    /// The lanes of this process.
+    public static let shared = Lanes()
+
+    private let mutex: UnsafeMutablePointer<pthread_mutex_t>
+    private let condition: UnsafeMutablePointer<pthread_cond_t>
+    private var jobs: [@Sendable () -> Void] = []
+    private var nextJob = 0
+    private var threads = 0
+    private var idle = 0
+
+    private init() {
+        mutex = .allocate(capacity: 1)
+        mutex.initialize(to: pthread_mutex_t())
+        pthread_mutex_init(mutex, nil)
+        condition = .allocate(capacity: 1)
+        condition.initialize(to: pthread_cond_t())
+        pthread_cond_init(condition, nil)
+    }
+
+    /// Runs a job on some lane, in the order of submission when all are busy. Where no thread can be had at all, it
+    /// runs here.
+    public func submit(_ job: @escaping @Sendable () -> Void) {
+        pthread_mutex_lock(mutex)
+        jobs.append(job)
+        let waiting = jobs.count - nextJob
+        let needsThread = waiting > idle && threads < Self.threadsMax
+        if needsThread { threads += 1 }
+        pthread_cond_signal(condition)
+        pthread_mutex_unlock(mutex)
+        guard needsThread else { return }
+        do throws(BlockError) {
+            try startThread(name: "lane") { self.work() }
+        } catch {
+            pthread_mutex_lock(mutex)
+            threads -= 1
+            let alone = threads == 0
+            pthread_mutex_unlock(mutex)
+            if alone { while let job = take(waiting: false) { job() } }
+        }
+    }
+
+    private func work() {
+        while let job = take(waiting: true) { job() }
+    }
+
+    private func take(waiting: Bool) -> (@Sendable () -> Void)? {
+        pthread_mutex_lock(mutex)
+        defer { pthread_mutex_unlock(mutex) }
+        while nextJob == jobs.count {
+            guard waiting else { return nil }
+            var deadline = timespec()
+            clock_gettime(CLOCK_REALTIME, &deadline)
+            deadline.tv_sec += Self.idleSeconds
+            idle += 1
+            let result = pthread_cond_timedwait(condition, mutex, &deadline)
+            idle -= 1
+            if result == ETIMEDOUT && nextJob == jobs.count {
+                threads -= 1
+                return nil
+            }
+        }
+        let job = jobs[nextJob]
+        nextJob += 1
+        if nextJob == jobs.count {
+            jobs.removeAll(keepingCapacity: true)
+            nextJob = 0
+        } else if nextJob >= 1024 {
+            jobs.removeFirst(nextJob)
+            nextJob = 0
+        }
+        return job
+    }
+}
