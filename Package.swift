@@ -19,7 +19,8 @@ let package = Package(
         .executable(name: "diskgate", targets: ["diskgate"])
     ],
     dependencies: [
-        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0")
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
+        .package(url: "https://github.com/apple/swift-log", from: "1.16.0"),
     ],
     targets: [
         .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
@@ -31,16 +32,23 @@ let package = Package(
             name: "Formats", dependencies: ["Block", "LinuxIO", "CZstd", "CZlib"], cSettings: gnuSource,
             swiftSettings: settings),
         .target(
-            name: "NBD", dependencies: ["Block", "LinuxIO", "CLinux"], cSettings: gnuSource, swiftSettings: settings),
+            name: "NBD",
+            dependencies: ["Block", "LinuxIO", "CLinux", .product(name: "Logging", package: "swift-log")],
+            cSettings: gnuSource, swiftSettings: settings),
         .target(
             name: "Transports", dependencies: ["Block", "LinuxIO", "Formats"], cSettings: gnuSource,
             swiftSettings: settings),
         .target(
-            name: "Gateway", dependencies: ["Block", "LinuxIO", "NBD", "Transports"], cSettings: gnuSource,
-            swiftSettings: settings),
+            name: "Gateway",
+            dependencies: [
+                "Block", "CLinux", "LinuxIO", "NBD", "Transports", .product(name: "Logging", package: "swift-log"),
+            ], cSettings: gnuSource, swiftSettings: settings),
         .executableTarget(
             name: "diskgate",
-            dependencies: ["Gateway", .product(name: "ArgumentParser", package: "swift-argument-parser")],
+            dependencies: [
+                "Block", "Gateway", "LinuxIO", "NBD", "Transports", .product(name: "Logging", package: "swift-log"),
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ],
             cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]

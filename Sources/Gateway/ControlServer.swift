@@ -1,0 +1,254 @@
+// The control socket of a running server: one JSON object per line in, one per line out.
+public import Block
+import CLinux
+import FoundationEssentials
+import Glibc
+public import LinuxIO
+public import Logging
+public import NBD
+import Synchronization
+import Transports
+
+/// A request on the control socket.
+public struct ControlRequest: Codable, Sendable {
+    /// What to do: exports, add, remove, clients or disconnect.
+    public var command: String
+    /// add: the source. As for `serve`.
+    public var source: String?
+    /// add, remove: the export's name.
+    public var name: String?
+    /// add: the description.
+    public var description: String?
+    /// add: read-only (default), writable or overlay.
+    public var access: String?
+    /// add: the number of the partition.
+    public var partition: Int?
+    /// disconnect: the client's id.
+    public var client: Int?
+
+    /// A request without arguments.
+    public init(command: String) { self.command = command }
+}
+
+/// An export as the control socket tells of it.
+public struct ExportStatus: Codable, Sendable {
+    /// The export's name.
+    public var name: String
+    /// What the disk is.
+    public var source: String
+    /// Its format.
+    public var format: String
+    /// Its size in bytes.
+    public var size: UInt64
+    /// Whether writes are refused.
+    public var readOnly: Bool
+    /// Free text.
+    public var description: String
+    /// Clients at this time.
+    public var clients: Int
+    /// Bytes read since the export was added.
+    public var bytesRead: UInt64
+    /// Bytes written since the export was added.
+    public var bytesWritten: UInt64
+    /// Requests answered with an error since then.
+    public var errors: UInt64
+}
+
+/// A client as the control socket tells of it.
+public struct ClientStatus: Codable, Sendable {
+    /// Its id.
+    public var id: Int
+    /// Who it is.
+    public var peer: String
+    /// The export it uses; nil during the handshake.
+    public var export: String?
+    /// Bytes it has read.
+    public var bytesRead: UInt64
+    /// Bytes it has written.
+    public var bytesWritten: UInt64
+}
+
+/// An answer on the control socket.
+public struct ControlReply: Codable, Sendable {
+    /// What went wrong; nil when the request was done.
+    public var error: String?
+    /// For exports, and for add the new one.
+    public var exports: [ExportStatus]?
+    /// For clients.
+    public var clients: [ClientStatus]?
+
+    /// Done.
+    public init() {}
+}
+
+/// Serves the control socket. Only the user who runs the server can reach it: a Unix socket with mode 0600.
+public final class ControlServer: Sendable {
+    /// The longest request line in bytes.
+    static let lineMax = 65536
+
+    private let registry: ExportRegistry
+    private let server: Server
+    private let log: Logger
+    private let sockets: [ListeningSocket]
+    private let isStopping = Atomic<Bool>(false)
+
+    /// Listens from now on, on a thread of its own.
+    ///
+    /// - Throws: `BlockError` when it cannot listen there, or the address is not a Unix socket.
+    public init(_ address: ListenAddress, registry: ExportRegistry, server: Server, log: Logger) throws(BlockError) {
+        guard case .unix(let path) = address else {
+            throw BlockError(.invalid, "listening for control commands on \(address): give unix:PATH")
+        }
+        // The socket must never be reachable for others, not even for a moment.
+        let mask = umask(0o177)
+        defer { umask(mask) }
+        sockets = try ListeningSocket.listen(on: .unix(path: path))
+        self.registry = registry
+        self.server = server
+        self.log = log
+        try startThread(name: "control") { self.acceptLoop() }
+    }
+
+    /// Accepts no more commands.
+    public func stop() {
+        isStopping.store(true, ordering: .relaxed)
+        for socket in sockets { shutdown(socket.descriptor.number, Int32(SHUT_RDWR)) }
+    }
+
+    private func acceptLoop() {
+        while !isStopping.load(ordering: .relaxed) {
+            let number = dg_accept(sockets[0].descriptor.number)
+            if number < 0 {
+                usleep(10_000)
+                continue
+            }
+            let client = Descriptor(owning: number)
+            do throws(BlockError) {
+                try startThread(name: "control client") { self.converse(client) }
+            } catch { log.error("serving a control client: \(error)") }
+        }
+    }
+
+    private func converse(_ client: Descriptor) {
+        var limit = timeval(tv_sec: 60, tv_usec: 0)
+        setsockopt(client.number, SOL_SOCKET, SO_RCVTIMEO, &limit, socklen_t(MemoryLayout<timeval>.size))
+        var received: [UInt8] = []
+        var piece = [UInt8](repeating: 0, count: 4096)
+        while true {
+            let got = recv(client.number, &piece, piece.count, 0)
+            if got < 0 && errno == EINTR { continue }
+            if got <= 0 { return }
+            received += piece[..<got]
+            while let end = received.firstIndex(of: UInt8(ascii: "\n")) {
+                let reply = answer(Array(received[..<end]))
+                received.removeSubrange(...end)
+                if send(client.number, reply, reply.count, Int32(MSG_NOSIGNAL)) != reply.count { return }
+            }
+            if received.count > Self.lineMax { return }
+        }
+    }
+
+    private func answer(_ line: [UInt8]) -> [UInt8] {
+        var reply = ControlReply()
+        do {
+            let request = try JSONDecoder().decode(ControlRequest.self, from: Data(line))
+            reply = try perform(request)
+        } catch let error as BlockError {
+            reply.error = error.message
+        } catch {
+            reply.error = "the request is no JSON object with a command: \(error)"
+        }
+        let bytes = (try? JSONEncoder().encode(reply)).map { Array($0) } ?? Array(#"{"error":"encoding the reply"}"#.utf8)
+        return bytes + [UInt8(ascii: "\n")]
+    }
+
+    private func perform(_ request: ControlRequest) throws(BlockError) -> ControlReply {
+        var reply = ControlReply()
+        switch request.command {
+        case "exports": reply.exports = registry.all.map { Self.status($0) }
+        case "clients": reply.clients = server.clients.map { Self.status($0) }
+        case "add": reply.exports = [Self.status(try add(request))]
+        case "remove":
+            guard let name = request.name, registry.remove(name) != nil else {
+                throw BlockError(.notFound, "removing the export \"\(request.name ?? "")\": there is none of this name")
+            }
+            server.disconnectAll(from: name, seconds: 10)
+            log.notice("removed the export \"\(name)\"")
+        case "disconnect":
+            guard let id = request.client, server.disconnect(id) else {
+                throw BlockError(.notFound, "disconnecting the client \(request.client ?? 0): there is none of this id")
+            }
+        default:
+            throw BlockError(
+                .invalid, "\"\(request.command)\" is no control command: give exports, add, remove, clients or disconnect")
+        }
+        return reply
+    }
+
+    private func add(_ request: ControlRequest) throws(BlockError) -> Export {
+        guard let source = request.source, let name = request.name else {
+            throw BlockError(.invalid, "adding an export: give source and name")
+        }
+        var disk = DiskSpecification(try SourceReference(source))
+        switch request.access ?? "read-only" {
+        case "read-only": disk.access = .readOnly
+        case "writable": disk.access = .writable
+        case "overlay": disk.access = .overlay
+        case let other:
+            throw BlockError(.invalid, "adding an export: \(other) is no access: give read-only, writable or overlay")
+        }
+        disk.partition = request.partition
+        let export = try Export(name: name, description: request.description ?? "", device: disk.open())
+        try registry.add(export)
+        log.notice("added the export \"\(name)\" of \(source)")
+        return export
+    }
+
+    private static func status(_ export: Export) -> ExportStatus {
+        ExportStatus(
+            name: export.name, source: export.info.name, format: export.info.format, size: export.info.size,
+            readOnly: export.options.isReadOnly, description: export.description,
+            clients: export.counters.connections.load(ordering: .relaxed),
+            bytesRead: export.counters.bytesRead.load(ordering: .relaxed),
+            bytesWritten: export.counters.bytesWritten.load(ordering: .relaxed),
+            errors: export.counters.errors.load(ordering: .relaxed))
+    }
+
+    private static func status(_ client: ClientRecord) -> ClientStatus {
+        ClientStatus(
+            id: client.id, peer: client.peer.description, export: client.export, bytesRead: client.bytesRead,
+            bytesWritten: client.bytesWritten)
+    }
+}
+
+/// Speaks to the control socket of a running server.
+public enum ControlClient {
+    /// Sends one request and waits for its answer.
+    ///
+    /// - Throws: `BlockError`: nobody listens there, the answer is malformed, or the answer is an error.
+    public static func send(_ request: ControlRequest, to address: ListenAddress) throws(BlockError) -> ControlReply {
+        guard case .unix(let path) = address else {
+            throw BlockError(.invalid, "\(address) is no control socket: give unix:PATH")
+        }
+        let socket = try connectUnix(path)
+        let doing = "asking the server at \(address)"
+        guard let line = try? JSONEncoder().encode(request) else { throw BlockError(.invalid, "\(doing): encoding") }
+        let bytes = Array(line) + [UInt8(ascii: "\n")]
+        if Glibc.send(socket.number, bytes, bytes.count, Int32(MSG_NOSIGNAL)) != bytes.count {
+            throw BlockError(errno: errno, doing)
+        }
+        var received: [UInt8] = []
+        var piece = [UInt8](repeating: 0, count: 65536)
+        while received.last != UInt8(ascii: "\n") {
+            let got = recv(socket.number, &piece, piece.count, 0)
+            if got < 0 && errno == EINTR { continue }
+            if got <= 0 { throw BlockError(.inputOutput, "\(doing): the connection ended before the answer") }
+            received += piece[..<got]
+        }
+        guard let reply = try? JSONDecoder().decode(ControlReply.self, from: Data(received)) else {
+            throw BlockError(.invalid, "\(doing): the answer is malformed; is it a diskgate control socket?")
+        }
+        if let error = reply.error { throw BlockError(.invalid, error) }
+        return reply
+    }
+}

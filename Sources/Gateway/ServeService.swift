@@ -1,0 +1,195 @@
+// `diskgate serve` from start to end: exports, listeners, signals, an orderly stop.
+public import Block
+import CLinux
+import Glibc
+public import LinuxIO
+public import Logging
+public import NBD
+import Synchronization
+
+/// What `diskgate serve` is asked to do.
+public struct ServeRequest: Sendable {
+    /// The exports, opened.
+    public var exports: [Export] = []
+    /// Where to listen.
+    public var listen: [ListenAddress] = []
+    /// Whether to serve one client on standard input and output instead.
+    public var usesStandardIO = false
+    /// Whether to stop when the last client has gone, after the first has come.
+    public var exitsWithLast = false
+    /// A shell command to run while serving; serving ends with it.
+    public var command: String?
+    /// Where to listen for control commands.
+    public var control: ListenAddress?
+    /// Limits.
+    public var limits = ServerLimits()
+    /// Seconds that clients have to go when the server stops.
+    public var graceSeconds = 10.0
+    /// Where messages go.
+    public var log: Logger
+
+    /// Nothing yet.
+    public init(log: Logger) { self.log = log }
+}
+
+/// Runs a server until it is told to stop.
+public struct ServeService {
+    private let request: ServeRequest
+    private let registry = ExportRegistry()
+    private let stopEvent: Descriptor
+
+    /// A service for a request.
+    ///
+    /// - Throws: `BlockError`: two exports have the same name, or the system has no descriptor left.
+    public init(_ request: ServeRequest) throws(BlockError) {
+        self.request = request
+        let number = dg_eventfd()
+        if number < 0 { throw BlockError(errno: -number, "starting the server") }
+        stopEvent = Descriptor(owning: number)
+        for export in request.exports { try registry.add(export) }
+    }
+
+    /// Serves until a signal, the last client or the command ends it.
+    ///
+    /// - Returns: the exit status: 0, or the command's.
+    /// - Throws: `BlockError` when it cannot listen or start.
+    public func run() throws(BlockError) -> Int32 {
+        let signals = try blockSignals()
+        let event = stopEvent
+        let exitsWithLast = request.exitsWithLast
+        let server = try Server(directory: registry, limits: request.limits, log: request.log) { left, served in
+            if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
+        }
+        if request.usesStandardIO {
+            server.serve(input: STDIN_FILENO, output: STDOUT_FILENO)
+            return 0
+        }
+        var cleanUp: [String] = []
+        defer { for path in cleanUp { unlink(path) } }
+        var privateDirectory: String?
+        defer { if let privateDirectory { rmdir(privateDirectory) } }
+        let inherited = ServiceManager.inheritedSockets()
+        var addresses = inherited.isEmpty ? request.listen : []
+        if inherited.isEmpty && addresses.isEmpty, request.command != nil {
+            let directory = try makePrivateDirectory()
+            privateDirectory = directory
+            addresses = [.unix(path: "\(directory)/socket")]
+        }
+        var sockets = inherited
+        for address in addresses {
+            sockets += try ListeningSocket.listen(on: address)
+            if case .unix(let path) = address { cleanUp.insert(path, at: 0) }
+        }
+        let control = try request.control.map { (address) throws(BlockError) in
+            try ControlServer(address, registry: registry, server: server, log: request.log)
+        }
+        if case .unix(let path)? = request.control { cleanUp.append(path) }
+        try server.accept(on: sockets)
+        for socket in sockets {
+            request.log.notice("serving \(request.exports.count) export(s) on \(uri(socket.address, export: nil))")
+        }
+        ServiceManager.notify("READY=1")
+        let status = try waitForEnd(signals, command: startCommand(sockets))
+        ServiceManager.notify("STOPPING=1")
+        control?.stop()
+        server.stop(graceSeconds: request.graceSeconds)
+        return status
+    }
+
+    /// Blocks the signals that end or concern the server, so that only the descriptor tells of them.
+    private func blockSignals() throws(BlockError) -> Descriptor {
+        let wanted = [SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGCHLD]
+        var set = sigset_t()
+        sigemptyset(&set)
+        for signal in wanted { sigaddset(&set, signal) }
+        pthread_sigmask(SIG_BLOCK, &set, nil)
+        let number = dg_signalfd(wanted, Int32(wanted.count))
+        if number < 0 { throw BlockError(errno: -number, "waiting for signals") }
+        return Descriptor(owning: number)
+    }
+
+    private func makePrivateDirectory() throws(BlockError) -> String {
+        var template = Array("\(getenv("TMPDIR").map { String(cString: $0) } ?? "/tmp")/diskgate-XXXXXX".utf8CString)
+        guard mkdtemp(&template) != nil else { throw BlockError(errno: errno, "making a directory for a socket") }
+        return String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
+    }
+
+    private func startCommand(_ sockets: [ListeningSocket]) throws(BlockError) -> pid_t? {
+        guard let command = request.command else { return nil }
+        let export = request.exports.first?.name ?? ""
+        var environment = [("uri", uri(sockets[0].address, export: export)), ("exportname", export)]
+        switch sockets[0].address {
+        case .unix(let path): environment += [("unixsocket", path), ("nbd", "nbd:unix:\(path)")]
+        case .tcp(let host, let port): environment += [("port", String(port)), ("nbd", "nbd:\(host):\(port)")]
+        case .vsock(let port): environment += [("port", String(port))]
+        }
+        for (name, value) in environment { setenv(name, value, 1) }
+        return try ChildProcess.startShell(command)
+    }
+
+    /// Waits for a signal, the command's end or the last client.
+    private func waitForEnd(_ signals: Descriptor, command: pid_t?) throws(BlockError) -> Int32 {
+        while true {
+            var ready = [
+                pollfd(fd: signals.number, events: Int16(POLLIN), revents: 0),
+                pollfd(fd: stopEvent.number, events: Int16(POLLIN), revents: 0),
+            ]
+            poll(&ready, 2, -1)
+            if ready[1].revents != 0 { return command.map { ChildProcess.end($0) } ?? 0 }
+            guard ready[0].revents != 0 else { continue }
+            let signal = dg_signal_read(signals.number)
+            switch signal {
+            case SIGCHLD:
+                if let command, let status = ChildProcess.status(command) { return status }
+            case SIGUSR1: summarise()
+            case SIGHUP: request.log.notice("nothing to reload")
+            default:
+                request.log.notice("stopping on signal \(signal)")
+                return command.map { ChildProcess.end($0) } ?? 0
+            }
+        }
+    }
+
+    private func summarise() {
+        for export in registry.all {
+            let counters = export.counters
+            request.log.notice(
+                """
+                export "\(export.name)": \(counters.connections.load(ordering: .relaxed)) clients, \
+                \(counters.bytesRead.load(ordering: .relaxed)) bytes read, \
+                \(counters.bytesWritten.load(ordering: .relaxed)) written, \
+                \(counters.errors.load(ordering: .relaxed)) errors
+                """)
+        }
+    }
+}
+
+/// Makes an eventfd readable.
+func signalEvent(_ event: Descriptor) {
+    var one: UInt64 = 1
+    write(event.number, &one, 8)
+}
+
+/// The NBD URI of an export at an address (NBD project, doc/uri.md).
+public func uri(_ address: ListenAddress, export: String?) -> String {
+    let name = percentEncoded(export ?? "")
+    switch address {
+    case .unix(let path): return "nbd+unix:///\(name)?socket=\(percentEncoded(path, keeping: "/"))"
+    case .tcp(let host, let port): return "nbd://\(host.contains(":") ? "[\(host)]" : host):\(port)/\(name)"
+    case .vsock(let port): return "nbd+vsock://1:\(port)/\(name)"
+    }
+}
+
+private func percentEncoded(_ text: String, keeping: String = "") -> String {
+    let kept = Set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~\(keeping)".utf8)
+    let digits = Array("0123456789ABCDEF".utf8)
+    var encoded: [UInt8] = []
+    for byte in text.utf8 {
+        if kept.contains(byte) {
+            encoded.append(byte)
+        } else {
+            encoded += [UInt8(ascii: "%"), digits[Int(byte >> 4)], digits[Int(byte & 15)]]
+        }
+    }
+    return String(decoding: encoded, as: UTF8.self)
+}

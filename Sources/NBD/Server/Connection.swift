@@ -1,0 +1,326 @@
+// One client in the transmission phase: receive what has arrived, answer all of it, send once.
+import Block
+import CLinux
+import Glibc
+import LinuxIO
+import Synchronization
+
+/// The loop of one connection. It never leaves its thread; what it shares are the export and its client's record.
+struct Connection<Link: Transport & ~Copyable>: ~Copyable {
+    /// Bytes received at once: two thousand requests, or the small writes of one batch.
+    static var inputSize: Int { 65536 }
+    /// The longest piece of data that is read at once; stays in the L2 cache from read to send.
+    static var pieceMax: Int { 256 * 1024 }
+    /// Room for one piece and the headers around it.
+    static var outputSize: Int { pieceMax + 4096 }
+    /// From this length on, pages of stable files are sent by reference.
+    static var sendFileMin: UInt64 { 32768 }
+
+    var link: Link
+    let export: Export
+    let device: any BlockDevice
+    let mode: HeaderMode
+    let contexts: [UInt32]
+    let client: ClientRecord
+
+    let input: UnsafeMutableRawBufferPointer
+    var inputStart = 0
+    var inputEnd = 0
+    let output: UnsafeMutableRawBufferPointer
+    var outputCount = 0
+    var extents = ExtentList(capacity: 64)
+
+    /// False once nothing can be sent any more.
+    var isAlive = true
+    /// Whether no more requests will be taken: the client disconnected, or the server closes.
+    var isInputClosed = false
+
+    var table = SlotTable()
+    var ring = Ring?.none
+    var ringWasTried = false
+    var ringReads = 0
+    var laneJobs = 0
+    var port: CompletionPort?
+    var isSocketPollArmed = false
+    var isPortPollArmed = false
+
+    /// Turns of the loop for which readahead is asked for ahead of sending, set when reads came from storage.
+    var coldTurns = 0
+    var blocksRead = 0
+    var hasSentFiles = false
+    /// Bytes of the input, from its start, whose reads were asked to be read ahead.
+    var prefetchedEnd = 0
+
+    /// Receives to try before blocking; adapts to whether trying helps.
+    var spinBudget = 0
+    var batchRequests = 0
+    var turnsSinceSpin = 0
+
+    var counts = Counts()
+
+    /// Work done since it was last added to the export's counters.
+    struct Counts {
+        var reads: UInt64 = 0
+        var bytesRead: UInt64 = 0
+        var writes: UInt64 = 0
+        var bytesWritten: UInt64 = 0
+        var errors: UInt64 = 0
+    }
+
+    /// A connection that begins its transmission phase.
+    ///
+    /// - Parameters:
+    ///   - input: the input buffer, `inputSize` bytes that the caller keeps until the connection is gone.
+    ///   - received: bytes in it that the handshake received and did not take.
+    init(
+        _ link: consuming Link, session: Session, client: ClientRecord, input: UnsafeMutableRawBufferPointer,
+        received: Range<Int>
+    ) {
+        self.link = link
+        export = session.export
+        device = session.export.device
+        mode = session.mode
+        contexts = session.contexts
+        self.client = client
+        self.input = input
+        inputStart = received.lowerBound
+        inputEnd = received.upperBound
+        output = .allocate(byteCount: Self.outputSize, alignment: Buffer.alignment)
+        blocksRead = dg_thread_blocks_read()
+    }
+
+    deinit { output.deallocate() }
+
+    /// Serves the client until it disconnects, breaks the protocol or is told to go. Nothing is in flight afterwards.
+    mutating func run() {
+        while isAlive {
+            answerRequests()
+            if !isAlive || (isInputClosed && inFlight == 0) { break }
+            flush()
+            noticeColdReads()
+            publishCounts()
+            if isAlive { waitForWork() }
+        }
+        flush()
+        drain()
+        publishCounts()
+    }
+
+    var inFlight: Int { ringReads + laneJobs }
+
+    // MARK: - Requests
+
+    /// Answers every complete request in the input.
+    private mutating func answerRequests() {
+        if coldTurns > 0 { prefetchBatch() }
+        let size = mode.requestSize
+        batchRequests = 0
+        while isAlive && !isInputClosed && inputEnd - inputStart >= size {
+            let header = UnsafeRawBufferPointer(rebasing: input[inputStart..<(inputStart + size)])
+            guard let request = Request(header, mode) else {
+                client.note("the client sent a request with a wrong magic number")
+                isInputClosed = true
+                break
+            }
+            inputStart += size
+            batchRequests += 1
+            answer(request)
+        }
+    }
+
+    private mutating func answer(_ request: Request) {
+        let payload = request.payloadLength(mode)
+        switch request.command {
+        case NBD.Command.read where payload == 0: read(request)
+        case NBD.Command.write: write(request)
+        case NBD.Command.blockStatus: blockStatus(request)
+        case NBD.Command.disconnect: isInputClosed = true
+        case NBD.Command.flush where payload == 0: flushDevice(request)
+        case NBD.Command.trim where payload == 0: trim(request)
+        case NBD.Command.writeZeroes where payload == 0: writeZeroes(request)
+        case NBD.Command.cache where payload == 0: cache(request)
+        default:
+            skipPayload(payload)
+            let text =
+                request.command <= NBD.Command.blockStatus ? "the command takes no payload" : "the command is not known"
+            replyError(request, BlockError(.invalid, text))
+        }
+    }
+
+    /// Waits as the export's rate limit asks, in short steps so that the server can close meanwhile.
+    mutating func throttle(_ bytes: UInt64) {
+        guard let bucket = export.bucket else { return }
+        var seconds = bucket.take(bytes)
+        if seconds > 0 { flush() }
+        while seconds > 0 && !client.isClosing {
+            usleep(UInt32(min(seconds, 0.1) * 1e6))
+            seconds -= 0.1
+        }
+    }
+
+    // MARK: - Input
+
+    /// Moves what is left in the input to its start and receives more behind it.
+    mutating func receive(waiting: Bool) -> Bool {
+        if inputStart > 0 {
+            let rest = inputEnd - inputStart
+            input.copyMemory(from: UnsafeRawBufferPointer(rebasing: input[inputStart..<inputEnd]))
+            prefetchedEnd = max(0, prefetchedEnd - inputStart)
+            inputStart = 0
+            inputEnd = rest
+        }
+        switch link.receive(into: UnsafeMutableRawBufferPointer(rebasing: input[inputEnd...]), waiting: waiting) {
+        case .bytes(let count):
+            inputEnd += count
+            return true
+        case .nothing: return false
+        case .closed:
+            isInputClosed = true
+            return false
+        }
+    }
+
+    /// Fills a buffer with payload bytes, from the input first; false when the client is gone.
+    mutating func receivePayload(into buffer: UnsafeMutableRawBufferPointer) -> Bool {
+        var done = min(buffer.count, inputEnd - inputStart)
+        buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: input[inputStart..<(inputStart + done)]))
+        inputStart += done
+        // The client may wait for replies before it sends the rest.
+        if done < buffer.count { flush() }
+        while done < buffer.count {
+            guard
+                case .bytes(let count) = link.receive(
+                    into: UnsafeMutableRawBufferPointer(rebasing: buffer[done...]), waiting: true)
+            else {
+                isInputClosed = true
+                return false
+            }
+            done += count
+        }
+        return true
+    }
+
+    /// Takes a payload that nobody wants off the stream.
+    mutating func skipPayload(_ length: UInt64) {
+        var left = length
+        while left > 0 {
+            let now = min(left, UInt64(inputEnd - inputStart))
+            inputStart += Int(now)
+            left -= now
+            if left == 0 { break }
+            flush()
+            if !receive(waiting: true) { break }
+        }
+    }
+
+    // MARK: - Output
+
+    /// Makes room for `count` bytes, at most `outputSize`, at the end of the output.
+    @inline(__always)
+    mutating func reserve(_ count: Int) {
+        if output.count - outputCount < count { flush() }
+    }
+
+    /// The free part of the output.
+    @inline(__always)
+    var free: UnsafeMutableRawBufferPointer { UnsafeMutableRawBufferPointer(rebasing: output[outputCount...]) }
+
+    /// Sends the output.
+    mutating func flush(more: Bool = false) {
+        if outputCount == 0 { return }
+        if isAlive && !link.send(UnsafeRawBufferPointer(rebasing: output[..<outputCount]), more: more) {
+            isAlive = false
+        }
+        outputCount = 0
+    }
+
+    /// Sends bytes that are not in the output, after it.
+    mutating func sendOut(_ bytes: UnsafeRawBufferPointer) {
+        if bytes.count <= 32768 {
+            reserve(bytes.count)
+            free.copyMemory(from: bytes)
+            outputCount += bytes.count
+        } else {
+            flush(more: true)
+            if isAlive && !link.send(bytes, more: false) { isAlive = false }
+        }
+    }
+
+    /// Appends a chunk's header; what `length` promises must follow.
+    @inline(__always)
+    mutating func appendHeader(_ type: UInt16, done: Bool, cookie: UInt64, offset: UInt64, length: Int) {
+        reserve(mode.replySize + 64)
+        ReplyHeader(
+            flags: done ? NBD.Chunk.flagDone : 0, type: type, cookie: cookie, offset: offset, length: UInt64(length)
+        ).store(mode, into: free)
+        outputCount += mode.replySize
+    }
+
+    @inline(__always)
+    mutating func append<T: FixedWidthInteger>(_ value: T) {
+        output.storeBigEndian(value, at: outputCount)
+        outputCount += MemoryLayout<T>.size
+    }
+
+    /// Answers a command that has no data in its reply.
+    mutating func replyDone(cookie: UInt64, offset: UInt64) {
+        if mode == .extended {
+            appendHeader(NBD.Chunk.none, done: true, cookie: cookie, offset: offset, length: 0)
+        } else {
+            // Commands without data may be answered simply in structured mode, too; it is shorter.
+            reserve(16)
+            ReplyHeader.storeSimple(error: 0, cookie: cookie, into: free)
+            outputCount += 16
+        }
+    }
+
+    mutating func replyError(_ request: Request, _ error: BlockError) {
+        replyError(cookie: request.cookie, offset: request.offset, error)
+    }
+
+    /// Answers a request with an error, and its text where the framing has room for it.
+    mutating func replyError(cookie: UInt64, offset: UInt64, _ error: BlockError) {
+        counts.errors += 1
+        client.noteError(error)
+        if mode == .simple {
+            reserve(16)
+            ReplyHeader.storeSimple(error: error.kind.errorValue, cookie: cookie, into: free)
+            outputCount += 16
+        } else {
+            appendError(NBD.Chunk.error, error, done: true, cookie: cookie, requestOffset: offset, at: 0)
+        }
+    }
+
+    /// Appends an error chunk; `at` is sent for NBD_REPLY_TYPE_ERROR_OFFSET only.
+    mutating func appendError(
+        _ type: UInt16, _ error: BlockError, done: Bool, cookie: UInt64, requestOffset: UInt64, at: UInt64
+    ) {
+        let text = Array(error.message.utf8.prefix(NBD.stringLengthMax))
+        let hasOffset = type == NBD.Chunk.errorOffset
+        reserve(mode.replySize + 64 + text.count)
+        appendHeader(
+            type, done: done, cookie: cookie, offset: requestOffset, length: 6 + text.count + (hasOffset ? 8 : 0))
+        append(error.kind.errorValue)
+        append(UInt16(text.count))
+        free.copyBytes(from: text)
+        outputCount += text.count
+        if hasOffset { append(at) }
+    }
+
+    // MARK: - Counting
+
+    private mutating func publishCounts() {
+        let counters = export.counters
+        if counts.reads > 0 {
+            counters.reads.wrappingAdd(counts.reads, ordering: .relaxed)
+            counters.bytesRead.wrappingAdd(counts.bytesRead, ordering: .relaxed)
+        }
+        if counts.writes > 0 {
+            counters.writes.wrappingAdd(counts.writes, ordering: .relaxed)
+            counters.bytesWritten.wrappingAdd(counts.bytesWritten, ordering: .relaxed)
+        }
+        if counts.errors > 0 { counters.errors.wrappingAdd(counts.errors, ordering: .relaxed) }
+        client.add(counts.bytesRead, counts.bytesWritten)
+        counts = Counts()
+    }
+}

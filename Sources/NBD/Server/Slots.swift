@@ -1,0 +1,165 @@
+// Requests that have to wait for storage: each holds a slot of its connection until its reply is made.
+import Block
+import CLinux
+import Glibc
+import LinuxIO
+
+/// One operation in flight outside the connection's own thread.
+struct Slot {
+    /// What the slot's result becomes.
+    enum Kind {
+        /// A chunk of a structured or extended read.
+        case chunk
+        /// The whole of a read that is answered in one piece.
+        case whole
+        /// A command without data in its reply, or one whose reply was made on the lane.
+        case plain
+    }
+
+    var kind = Kind.plain
+    var cookie: UInt64 = 0
+    /// The request's offset, which extended replies repeat.
+    var requestOffset: UInt64 = 0
+    var command: UInt16 = 0
+    /// Bytes to count for the request when the slot is done; 0 for all but one slot of a read.
+    var requestLength: UInt64 = 0
+    /// Where on the device the slot's bytes are.
+    var offset: UInt64 = 0
+    /// How many bytes.
+    var length = 0
+    /// The map version that the place was found under.
+    var version: UInt64 = 0
+    /// The index of the read whose chunk this is; -1 for none.
+    var read = -1
+    /// Ring reads: the file, where in it, the aligned bytes asked for and had, and those before the wanted ones.
+    var file = FileRef(descriptor: -1, traits: [])
+    var fileOffset: UInt64 = 0
+    var wanted = 0
+    var had = 0
+    var skip = 0
+    /// Memory that stays with the slot; only grows.
+    var memory: UnsafeMutableRawBufferPointer?
+
+    /// The wanted bytes after a completed read.
+    var bytes: UnsafeRawBufferPointer {
+        guard let memory else { return UnsafeRawBufferPointer(start: nil, count: 0) }
+        return UnsafeRawBufferPointer(rebasing: memory[skip..<(skip + length)])
+    }
+}
+
+/// A read that is answered in chunks, some of which wait for slots.
+struct ChunkedRead {
+    var cookie: UInt64 = 0
+    var offset: UInt64 = 0
+    var length: UInt64 = 0
+    /// Slots that still have to finish.
+    var outstanding = 0
+    /// Whether the connection is still handing out parts of it.
+    var isIssuing = false
+    /// Whether an error has been sent for some part.
+    var hasFailed = false
+}
+
+/// The slots of one connection, owned by its thread. A slot gets memory when it is first used.
+struct SlotTable: ~Copyable {
+    /// The most operations in flight per connection: two full queues of the deepest common client (nbdcopy: 64).
+    static let countMax = 64
+
+    let slots: UnsafeMutablePointer<Slot>
+    let reads: UnsafeMutablePointer<ChunkedRead>
+    private var free: [Int] = Array((0..<countMax).reversed())
+    private var freeReads: [Int] = Array((0..<(countMax + 1)).reversed())
+
+    init() {
+        slots = .allocate(capacity: Self.countMax)
+        slots.initialize(repeating: Slot(), count: Self.countMax)
+        reads = .allocate(capacity: Self.countMax + 1)
+        reads.initialize(repeating: ChunkedRead(), count: Self.countMax + 1)
+    }
+
+    deinit {
+        for index in 0..<Self.countMax { slots[index].memory?.deallocate() }
+        slots.deinitialize(count: Self.countMax)
+        slots.deallocate()
+        reads.deallocate()
+    }
+
+    var inFlight: Int { Self.countMax - free.count }
+    var isFull: Bool { free.isEmpty }
+
+    /// Takes a free slot with room for `bytes`; there must be one.
+    mutating func take(bytes: Int) -> Int {
+        let index = free.removeLast()
+        let memory = slots[index].memory
+        slots[index] = Slot()
+        slots[index].memory = memory
+        if bytes > memory?.count ?? 0 {
+            memory?.deallocate()
+            slots[index].memory = .allocate(
+                byteCount: (bytes + Buffer.alignment - 1) / Buffer.alignment * Buffer.alignment,
+                alignment: Buffer.alignment)
+        }
+        return index
+    }
+
+    mutating func release(_ index: Int) { free.append(index) }
+
+    /// Takes an entry for a read; there is always one, since each but the one being issued holds a slot.
+    mutating func takeRead() -> Int {
+        let index = freeReads.removeLast()
+        reads[index] = ChunkedRead()
+        return index
+    }
+
+    mutating func releaseRead(_ index: Int) { freeReads.append(index) }
+}
+
+/// Memory of a slot on its way to a lane. The connection neither touches nor frees it before the lane has finished.
+struct SlotMemory: @unchecked Sendable {
+    let bytes: UnsafeMutableRawBufferPointer
+}
+
+/// Where lanes put their results for one connection, which is woken by an eventfd.
+final class CompletionPort: Sendable {
+    /// A finished lane job.
+    struct Finished: Sendable {
+        let slot: Int
+        let error: BlockError?
+        /// A complete reply, where the lane made it.
+        let reply: [UInt8]
+    }
+
+    private let finished = Locked<[Finished]>([])
+    private let event: Descriptor
+
+    /// A port, or nil when the system has no descriptor left.
+    init?() {
+        let number = dg_eventfd()
+        if number < 0 { return nil }
+        event = Descriptor(owning: number)
+    }
+
+    /// Readable when something has finished.
+    var descriptor: Int32 { event.number }
+
+    func finish(_ job: Finished) {
+        let isFirst = finished.withLock { list in
+            list.append(job)
+            return list.count == 1
+        }
+        if isFirst {
+            var one: UInt64 = 1
+            write(event.number, &one, 8)
+        }
+    }
+
+    /// Takes what has finished.
+    func takeAll() -> [Finished] {
+        var count: UInt64 = 0
+        read(event.number, &count, 8)
+        return finished.withLock { list in
+            defer { list = [] }
+            return list
+        }
+    }
+}

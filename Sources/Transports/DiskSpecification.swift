@@ -1,0 +1,108 @@
+// A disk as the command line describes it: a source, and the filters laid over it, opened in one fixed order.
+public import Block
+import Glibc
+import LinuxIO
+
+/// A source with everything that is to be laid over it.
+public struct DiskSpecification: Sendable {
+    /// How the source may be changed.
+    public enum Access: Sendable, Equatable {
+        /// It is only read, and so is the disk.
+        case readOnly
+        /// What is written goes to the source.
+        case writable
+        /// What is written goes to scratch space that is gone when the disk is closed.
+        case overlay
+    }
+
+    /// The source.
+    public var source: SourceReference
+    /// How the source may be changed.
+    public var access = Access.readOnly
+    /// Number of the partition to take; nil for the whole disk.
+    public var partition: Int?
+    /// Bytes to leave out at the start.
+    public var offset: UInt64 = 0
+    /// Bytes to take from `offset`; nil for all that follow.
+    public var length: UInt64?
+    /// The size to show instead of the real one, in bytes.
+    public var size: UInt64?
+    /// A power of two that the size is rounded up to, in bytes.
+    public var roundedTo: UInt64?
+    /// Errors and corruption to inject.
+    public var faults: [FaultPlan.Fault] = []
+    /// Where overlays keep what is written; nil for TMPDIR, or /var/tmp.
+    public var scratchDirectory: String?
+
+    /// A source as it is, read-only.
+    public init(_ source: SourceReference) { self.source = source }
+
+    /// Opens the source and lays over it, from below: faults, offset and length, partition, size, overlay.
+    ///
+    /// - Throws: `BlockError` of whatever could not be opened.
+    public func open() throws(BlockError) -> any BlockDevice {
+        var device = try source.open(writable: access == .writable)
+        if !faults.isEmpty { device = FaultDevice(device, plan: FaultPlan(faults)) }
+        if offset > 0 || length != nil {
+            let size = device.info.size
+            let (end, overflow) = offset.addingReportingOverflow(length ?? (size > offset ? size - offset : 0))
+            guard !overflow, offset < end else {
+                throw BlockError(.outOfRange, "taking bytes from \(offset) of \(source): it has only \(size)")
+            }
+            device = try SliceDevice(device, range: offset..<end, label: "from \(offset)")
+        }
+        if let partition { device = try openPartition(partition, of: device) }
+        if let size { device = try ResizedDevice(device, size: size) }
+        if let roundedTo { device = try ResizedDevice(device, roundedUpTo: roundedTo) }
+        if access == .overlay {
+            let directory = scratchDirectory ?? getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp"
+            let scratch = try NamelessFile.scratch(size: device.info.size, directory: directory)
+            device = try OverlayDevice(device, scratch: scratch)
+        }
+        if access == .writable && device.info.isReadOnly {
+            throw BlockError(
+                .readOnly, "opening \(source) for writing: a \(device.info.format) source can only be read here "
+                    + "(an overlay keeps what is written in scratch space)")
+        }
+        return device
+    }
+
+    private func openPartition(_ number: Int, of device: any BlockDevice) throws(BlockError) -> any BlockDevice {
+        throw BlockError(.unsupported, "partition \(number) of \(device.info.name)")
+    }
+}
+
+extension SourceReference {
+    /// Opens what the reference names.
+    ///
+    /// - Throws: `BlockError` of the reason.
+    public func open(writable: Bool = false) throws(BlockError) -> any BlockDevice {
+        switch kind {
+        case .path(let path): return try openPath(path, writable: writable)
+        case .memory(let size):
+            try allow([])
+            return try NamelessFile.memory(size: size)
+        case .pattern(let size):
+            try allow(["seed", "allocated"])
+            let text = parameter("allocated") ?? "100%"
+            guard let seed = UInt64(parameter("seed") ?? "0"), let percent = Double(text.split(separator: "%")[0]) else {
+                throw BlockError(.invalid, "opening \(self): give seed=NUMBER and allocated=PERCENT%")
+            }
+            return try PatternDevice(size: size, seed: seed, allocatedShare: percent / 100)
+        }
+    }
+
+    private func openPath(_ path: String, writable: Bool) throws(BlockError) -> any BlockDevice {
+        try allow(["format", "direct", "exclusive"])
+        var options = RawOptions()
+        options.isWritable = writable
+        options.isDirect = try flag("direct")
+        options.isExclusive = try flag("exclusive")
+        var status = stat()
+        if stat(path, &status) < 0 { throw BlockError(errno: errno, "opening \(path)") }
+        switch status.st_mode & S_IFMT {
+        case S_IFBLK: return try BlockNodeDevice.open(path, options)
+        default: return try RawFileDevice.open(path, options)
+        }
+    }
+}

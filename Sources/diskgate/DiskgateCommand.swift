@@ -1,0 +1,118 @@
+// The command: its subcommands, how they fail, and the arguments that several of them share.
+import ArgumentParser
+import Block
+import FoundationEssentials
+import Gateway
+import Glibc
+import LinuxIO
+import Transports
+
+@main
+struct DiskgateCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "diskgate",
+        abstract: "Serve, map, read and back up the disks of virtual machines.",
+        discussion: """
+            A SOURCE is a path (disk.raw, disk.qcow2, /dev/sdb) or a URI: file:///PATH?format=raw|qcow2&direct=true\
+            &exclusive=true, pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE. Sizes take K, M, G, T and P (powers \
+            of 1024). Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, \
+            2 usage, 3 done but downgraded.
+            """,
+        version: "0.1.0",
+        subcommands: [
+            ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
+            ExportsCommand.self, ClientsCommand.self,
+        ])
+
+    static func main() {
+        do {
+            var command = try parseAsRoot()
+            try command.run()
+        } catch let error as BlockError {
+            writeError("diskgate: \(error.message)")
+            Glibc.exit(1)
+        } catch let error as ExitCode {
+            Glibc.exit(error.rawValue)
+        } catch {
+            let status = exitCode(for: error)
+            let message = fullMessage(for: error)
+            if status == .success {
+                print(message)
+                Glibc.exit(0)
+            }
+            if !message.isEmpty { writeError(message) }
+            // Argument errors are 64 in the library; a usage error is 2 here, as in every other Unix tool.
+            Glibc.exit(2)
+        }
+    }
+}
+
+/// Writes a line to standard error.
+func writeError(_ text: String) {
+    _ = "\(text)\n".withCString { write(STDERR_FILENO, $0, strlen($0)) }
+}
+
+/// Prints a value as JSON with sorted keys.
+func printJSON(_ value: some Encodable) throws {
+    let encoder = JSONEncoder()
+    encoder.outputFormatting = [.prettyPrinted, .sortedKeys, .withoutEscapingSlashes]
+    print(String(decoding: try encoder.encode(value), as: UTF8.self))
+}
+
+/// A number of bytes with K, M, G, T or P, as an argument.
+struct ByteArgument: ExpressibleByArgument {
+    let bytes: UInt64
+
+    init?(argument: String) {
+        guard let count = try? ByteCount(argument) else { return nil }
+        bytes = count.bytes
+    }
+}
+
+/// A source and the part of it that is meant, as every command that opens one takes it.
+struct SourceArguments: ParsableArguments {
+    @Argument(help: "A path or a URI of a disk.")
+    var source: String
+
+    @OptionGroup var part: PartArguments
+
+    func open() throws -> any BlockDevice {
+        var disk = DiskSpecification(try SourceReference(source))
+        part.apply(to: &disk)
+        return try disk.open()
+    }
+}
+
+/// Which part of a disk is meant.
+struct PartArguments: ParsableArguments {
+    @Option(help: "Take this partition (GPT or MBR; logical ones from 5).")
+    var partition: Int?
+
+    @Option(help: ArgumentHelp("Leave out this many bytes at the start.", valueName: "bytes"))
+    var offset: ByteArgument?
+
+    @Option(help: ArgumentHelp("Take only this many bytes.", valueName: "bytes"))
+    var length: ByteArgument?
+
+    func apply(to disk: inout DiskSpecification) {
+        disk.partition = partition
+        disk.offset = offset?.bytes ?? 0
+        disk.length = length?.bytes
+    }
+}
+
+/// Whether a report is printed as JSON.
+struct ReportArguments: ParsableArguments {
+    @Flag(help: "Print JSON.")
+    var json = false
+}
+
+/// Where a running server listens for control commands.
+struct ControlArguments: ParsableArguments {
+    @Option(help: ArgumentHelp("The control socket of the server.", valueName: "unix:path"))
+    var control: String
+
+    func send(_ request: ControlRequest) throws -> ControlReply {
+        try ControlClient.send(request, to: ListenAddress(control, defaultPort: 0))
+    }
+}

@@ -1,0 +1,60 @@
+// `diskgate info`: what a source is.
+import ArgumentParser
+import Block
+import LinuxIO
+
+struct InfoCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(commandName: "info", abstract: "Tell what a disk is.")
+
+    @OptionGroup var source: SourceArguments
+    @OptionGroup var report: ReportArguments
+
+    private struct Report: Encodable {
+        var name: String
+        var format: String
+        var size: UInt64
+        var minimumBlock: UInt32
+        var preferredBlock: UInt32
+        var rotational: Bool
+        var dirtyBitmaps: [String]
+        var identity: [String: String]
+    }
+
+    func run() throws {
+        let device = try source.open()
+        let info = device.info
+        if report.json {
+            return try printJSON(
+                Report(
+                    name: info.name, format: info.format, size: info.size, minimumBlock: info.minimumBlock,
+                    preferredBlock: info.preferredBlock, rotational: info.isRotational,
+                    dirtyBitmaps: info.dirtyBitmaps,
+                    identity: Dictionary(info.identity.map { ($0.key, $0.value) }, uniquingKeysWith: { first, _ in first })))
+        }
+        print("name:            \(info.name)")
+        print("format:          \(info.format)")
+        print("size:            \(info.size) bytes (\(readable(info.size)))")
+        print("minimum block:   \(info.minimumBlock) bytes")
+        print("preferred block: \(info.preferredBlock) bytes")
+        for bitmap in info.dirtyBitmaps { print("dirty bitmap:    \(bitmap)") }
+        for (key, value) in info.identity { print("\(key):".padded(17) + value) }
+    }
+}
+
+/// A number of bytes for people, for example "1.5 GiB".
+func readable(_ bytes: UInt64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    var value = Double(bytes)
+    var unit = 0
+    while value >= 1024 && unit < units.count - 1 {
+        value /= 1024
+        unit += 1
+    }
+    let tenths = Int((value * 10).rounded())
+    return unit == 0 || tenths % 10 == 0 ? "\(tenths / 10) \(units[unit])" : "\(tenths / 10).\(tenths % 10) \(units[unit])"
+}
+
+extension String {
+    func padded(_ width: Int) -> String { count >= width ? self : self + String(repeating: " ", count: width - count) }
+    func paddedLeft(_ width: Int) -> String { count >= width ? self : String(repeating: " ", count: width - count) + self }
+}

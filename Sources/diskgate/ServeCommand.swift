@@ -1,0 +1,219 @@
+// `diskgate serve`: arguments to a request for the service.
+import ArgumentParser
+import Block
+import Gateway
+import Glibc
+import LinuxIO
+import Logging
+import NBD
+import Transports
+
+struct ServeCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "serve",
+        abstract: "Serve disks over NBD.",
+        discussion: """
+            Without --listen it listens on tcp://127.0.0.1:10809. One source is the default export (the empty name); \
+            of several, each has its file name and the first is also the default. Any number of clients may use an \
+            export: a write that was answered is seen by all of them, and a flush on any connection makes durable \
+            every write answered before on any other.
+            """)
+
+    @Argument(help: "Paths or URIs of disks.")
+    var sources: [String] = []
+
+    @Option(help: "Name of the export; once per source, in the same order.")
+    var name: [String] = []
+
+    @Option(help: "Text about the export for people; once per source.")
+    var description: [String] = []
+
+    @Option(
+        help: ArgumentHelp(
+            "Listen here: unix:PATH, tcp://HOST:PORT or vsock:PORT. May be repeated.", valueName: "address"))
+    var listen: [String] = []
+
+    @Flag(help: "Let clients write to the source.")
+    var writable = false
+
+    @Flag(help: "Let clients write to scratch space over the source, which stays as it is.")
+    var overlay = false
+
+    @Option(help: ArgumentHelp("Where --overlay keeps what is written.", valueName: "directory"))
+    var scratch: String?
+
+    @OptionGroup var part: PartArguments
+
+    @Option(help: ArgumentHelp("Show this size, cut off or with zeros at the end.", valueName: "bytes"))
+    var size: ByteArgument?
+
+    @Option(help: ArgumentHelp("Round the size up to a multiple of this power of two.", valueName: "bytes"))
+    var roundSize: ByteArgument?
+
+    @Option(
+        help: ArgumentHelp(
+            "Admit these clients only: address=ADDRESS[/BITS], uid=N, gid=N or cid=N. May be repeated.",
+            valueName: "rule"))
+    var allow: [String] = []
+
+    @Option(help: ArgumentHelp("Bytes per second for all clients of an export together.", valueName: "bytes"))
+    var limitRate: ByteArgument?
+
+    @Option(help: ArgumentHelp("Wait before every read, for tests.", valueName: "milliseconds"))
+    var delayRead: UInt32 = 0
+
+    @Option(help: ArgumentHelp("Wait before every write, for tests.", valueName: "milliseconds"))
+    var delayWrite: UInt32 = 0
+
+    @Option(
+        help: ArgumentHelp(
+            "Inject a fault, for tests: KIND[@START-END][%PERCENT], KIND read-error, write-error, no-space, flush-error "
+                + "or corruption; END is not included. May be repeated.",
+            valueName: "fault"))
+    var fault: [String] = []
+
+    @Option(help: "off: no TLS, said aloud, which listening beyond this machine needs.")
+    var tls: String?
+
+    @Option(help: ArgumentHelp("Listen for control commands here.", valueName: "unix:path"))
+    var control: String?
+
+    @Option(help: "The most clients at once.")
+    var maxConnections = 1024
+
+    @Option(help: ArgumentHelp("Time for the whole handshake.", valueName: "seconds"))
+    var handshakeTimeout = 10
+
+    @Option(help: ArgumentHelp("Time that clients have to go when the server stops.", valueName: "seconds"))
+    var grace = 10.0
+
+    @Flag(help: "Stop when the last client has gone.")
+    var exitWithLast = false
+
+    @Option(
+        name: .customLong("run"),
+        help: ArgumentHelp(
+            "Run a shell command with $uri, $unixsocket or $port, and $exportname set; stop when it ends, with its exit "
+                + "status. Without --listen on a private Unix socket.",
+            valueName: "command"))
+    var command: String?
+
+    @Flag(help: "Serve one client on standard input and output.")
+    var stdio = false
+
+    @Flag(name: .shortAndLong, help: "Tell about every client.")
+    var verbose = false
+
+    @Flag(name: .shortAndLong, help: "Tell about errors only.")
+    var quiet = false
+
+    func validate() throws {
+        if writable && overlay { throw ValidationError("--writable and --overlay exclude each other.") }
+        if sources.isEmpty && control == nil {
+            throw ValidationError("Give a source to serve, or --control to add some later.")
+        }
+        if name.count > sources.count { throw ValidationError("There are more names than sources.") }
+        if description.count > sources.count { throw ValidationError("There are more descriptions than sources.") }
+        if stdio && (!listen.isEmpty || command != nil) {
+            throw ValidationError("--stdio serves one client where it stands: no --listen, no --run.")
+        }
+        if !(1...65536).contains(maxConnections) { throw ValidationError("--max-connections is 1 to 65536.") }
+        if !(1...3600).contains(handshakeTimeout) { throw ValidationError("--handshake-timeout is 1 to 3600 seconds.") }
+        if !(0...3600).contains(grace) { throw ValidationError("--grace is 0 to 3600 seconds.") }
+        if max(delayRead, delayWrite) > 600_000 { throw ValidationError("A delay is at most 600000 milliseconds.") }
+        switch tls {
+        case nil, "off": break
+        case "allow", "require": throw ValidationError("This version of diskgate serves no TLS: only --tls off.")
+        default: throw ValidationError("--tls is off, allow or require.")
+        }
+    }
+
+    func run() throws {
+        let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
+        var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
+        for (index, source) in sources.enumerated() {
+            let device = try disk(source).open()
+            request.exports.append(
+                try Export(
+                    name: exportName(index), description: index < description.count ? description[index] : "",
+                    device: device, options: try options()))
+        }
+        request.listen = try addresses()
+        request.usesStandardIO = stdio
+        request.exitsWithLast = exitWithLast
+        request.command = command
+        request.control = try control.map { try ListenAddress($0, defaultPort: 0) }
+        request.limits.connectionsMax = maxConnections
+        request.limits.handshakeSeconds = handshakeTimeout
+        request.graceSeconds = grace
+        let status = try ServeService(request).run()
+        if status != 0 { throw ExitCode(status) }
+    }
+
+    private func disk(_ source: String) throws -> DiskSpecification {
+        var disk = DiskSpecification(try SourceReference(source))
+        disk.access = writable ? .writable : overlay ? .overlay : .readOnly
+        part.apply(to: &disk)
+        disk.size = size?.bytes
+        disk.roundedTo = roundSize?.bytes
+        disk.scratchDirectory = scratch
+        for text in fault { disk.faults.append(try FaultArgument(text).fault) }
+        return disk
+    }
+
+    private func options() throws -> ExportOptions {
+        var options = ExportOptions()
+        for rule in allow { options.allow.append(try AllowRule(rule)) }
+        options.bytesPerSecondMax = limitRate?.bytes
+        options.readDelayMS = delayRead
+        options.writeDelayMS = delayWrite
+        options.connectionsMax = maxConnections
+        return options
+    }
+
+    private func exportName(_ index: Int) -> String {
+        if index < name.count { return name[index] }
+        if sources.count == 1 { return "" }
+        let path = sources[index].split(separator: "?").first ?? ""
+        return path.split(separator: "/").last.map(String.init) ?? sources[index]
+    }
+
+    private func addresses() throws -> [ListenAddress] {
+        var addresses = try listen.map { try ListenAddress($0, defaultPort: NBD.defaultPort) }
+        if addresses.isEmpty && command == nil { addresses = [.tcp(host: "127.0.0.1", port: NBD.defaultPort)] }
+        if tls == nil, let open = addresses.first(where: { !$0.isLocal }) {
+            throw BlockError(
+                .denied,
+                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is meant")
+        }
+        return addresses
+    }
+}
+
+/// A fault as an argument: KIND[@START-END][%PERCENT].
+struct FaultArgument {
+    let fault: FaultPlan.Fault
+
+    init(_ text: String) throws(BlockError) {
+        let bad = BlockError(.invalid, "\(text) is no fault: give KIND[@START-END][%PERCENT], for example read-error@1M-2M%50")
+        let halves = text.split(separator: "%", maxSplits: 1, omittingEmptySubsequences: false)
+        let parts = halves[0].split(separator: "@", maxSplits: 1, omittingEmptySubsequences: false)
+        guard let kind = parts.first, let percent = halves.count == 2 ? Double(halves[1]) : 100, percent >= 0, percent <= 100
+        else { throw bad }
+        var range: Range<UInt64> = 0..<UInt64(Int64.max)
+        if parts.count == 2 {
+            let ends = parts[1].split(separator: "-", maxSplits: 1, omittingEmptySubsequences: false)
+            guard ends.count == 2 else { throw bad }
+            let start = try ByteCount(String(ends[0])).bytes
+            let end = try ByteCount(String(ends[1])).bytes
+            guard start < end else { throw bad }
+            range = start..<end
+        }
+        let kinds: [Substring: FaultPlan.Fault.Kind] = [
+            "read-error": .readError(.inputOutput), "write-error": .writeError(.inputOutput),
+            "no-space": .writeError(.noSpace), "flush-error": .flushError(.inputOutput), "corruption": .corruption,
+        ]
+        guard let known = kinds[kind] else { throw bad }
+        fault = FaultPlan.Fault(known, range: range, probability: percent / 100)
+    }
+}
