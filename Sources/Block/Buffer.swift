@@ -1,5 +1,5 @@
 // Memory for blocks: aligned for O_DIRECT, owned by exactly one holder.
-import Glibc
+public import Glibc
 
 /// A block of memory aligned to 4096 bytes, freed when its owner goes.
 public struct Buffer: ~Copyable, @unchecked Sendable {
@@ -38,7 +38,7 @@ public enum ZeroPage {
 /// A mutual exclusion lock. The pthread one, because thread sanitizers understand it.
 public final class Lock: @unchecked Sendable {
     // Sendable because a pthread mutex may be used from every thread, and its address never changes.
-    private let mutex: UnsafeMutablePointer<pthread_mutex_t>
+    @usableFromInline let mutex: UnsafeMutablePointer<pthread_mutex_t>
 
     /// An unlocked lock.
     public init() {
@@ -53,7 +53,7 @@ public final class Lock: @unchecked Sendable {
     }
 
     /// Runs the body while holding the lock.
-    @inline(__always)
+    @inlinable @inline(__always)
     public func withLock<R: ~Copyable, E: Error>(_ body: () throws(E) -> R) throws(E) -> R {
         pthread_mutex_lock(mutex)
         defer { pthread_mutex_unlock(mutex) }
@@ -64,14 +64,14 @@ public final class Lock: @unchecked Sendable {
 /// A value that is only touched under its lock.
 public final class Locked<Value>: @unchecked Sendable {
     // Sendable because the value is reachable only inside withLock.
-    private let lock = Lock()
-    private var value: Value
+    @usableFromInline let lock = Lock()
+    @usableFromInline var value: Value
 
     /// A locked value.
     public init(_ value: Value) { self.value = value }
 
     /// Runs the body with the value while holding the lock.
-    @inline(__always)
+    @inlinable @inline(__always)
     public func withLock<R, E: Error>(_ body: (inout Value) throws(E) -> R) throws(E) -> R {
         try lock.withLock { () throws(E) in try body(&value) }
     }

@@ -2,13 +2,13 @@
 
 extension UnsafeRawBufferPointer {
     /// The big-endian integer at a byte offset. Traps when it does not lie inside, so lengths are checked before.
-    @inline(__always)
+    @inlinable @inline(__always)
     public func bigEndian<T: FixedWidthInteger>(_ offset: Int, as type: T.Type = T.self) -> T {
         T(bigEndian: loadUnaligned(fromByteOffset: offset, as: T.self))
     }
 
     /// The little-endian integer at a byte offset. Traps when it does not lie inside, so lengths are checked before.
-    @inline(__always)
+    @inlinable @inline(__always)
     public func littleEndian<T: FixedWidthInteger>(_ offset: Int, as type: T.Type = T.self) -> T {
         T(littleEndian: loadUnaligned(fromByteOffset: offset, as: T.self))
     }
@@ -16,7 +16,7 @@ extension UnsafeRawBufferPointer {
 
 extension UnsafeMutableRawBufferPointer {
     /// Stores an integer big-endian at a byte offset. Traps when it does not fit.
-    @inline(__always)
+    @inlinable @inline(__always)
     public func storeBigEndian<T: FixedWidthInteger>(_ value: T, at offset: Int) {
         storeBytes(of: value.bigEndian, toByteOffset: offset, as: T.self)
     }
@@ -24,7 +24,7 @@ extension UnsafeMutableRawBufferPointer {
 
 extension [UInt8] {
     /// Appends an integer big-endian.
-    public mutating func appendBigEndian<T: FixedWidthInteger>(_ value: T) {
+    @inlinable public mutating func appendBigEndian<T: FixedWidthInteger>(_ value: T) {
         Swift.withUnsafeBytes(of: value.bigEndian) { append(contentsOf: $0) }
     }
 }

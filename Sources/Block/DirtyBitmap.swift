@@ -48,11 +48,9 @@ public final class DirtyBitmap: @unchecked Sendable {
     }
 
     /// The chunk that an offset below `size` lies in.
-    @inline(__always)
     public func chunk(of offset: UInt64) -> Int { Int(offset >> shift) }
 
     /// Whether a chunk's bit is set. `chunk` is below `bitCount`.
-    @inline(__always)
     public func isSet(_ chunk: Int) -> Bool {
         precondition(chunk >= 0 && chunk < bitCount)
         return words[chunk >> 6].load(ordering: .acquiring) & (1 << UInt64(chunk & 63)) != 0

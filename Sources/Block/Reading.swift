@@ -1,5 +1,5 @@
 // Reading a disk is one function over its map and its sources; no device implements it.
-import Glibc
+public import Glibc
 
 extension BlockDevice {
     /// Fills the buffer with the bytes at `offset`, waiting for storage where it has to.
@@ -75,7 +75,7 @@ extension FileRef {
     ///
     /// - Returns: the bytes read from the start of the buffer, fewer than asked, and perhaps none, where the rest is not
     ///   in memory, cannot be tried, or fails (which a waiting read will then tell).
-    @inline(__always)
+    @inlinable @inline(__always)
     public func tryRead(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) -> Int {
         guard traits.contains(.tryable), let position = off_t(exactly: offset) else { return 0 }
         var vector = iovec(iov_base: buffer.baseAddress, iov_len: buffer.count)

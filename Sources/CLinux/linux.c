@@ -6,6 +6,8 @@
 #include <linux/fs.h>
 #include <linux/openat2.h>
 #include <linux/vm_sockets.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -98,6 +100,17 @@ int dg_bind(int fd, const void *address, unsigned length) { return checked(bind(
 int dg_connect(int fd, const void *address, unsigned length) { return checked(connect(fd, address, length)); }
 int dg_local_address(int fd, void *address, unsigned *length) { return checked(getsockname(fd, address, length)); }
 int dg_peer_address(int fd, void *address, unsigned *length) { return checked(getpeername(fd, address, length)); }
+
+bool dg_peer_has_closed(int fd) {
+    struct tcp_info info;
+    socklen_t length = sizeof info;
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) == 0) {
+        return info.tcpi_state == TCP_CLOSE || info.tcpi_state == TCP_TIME_WAIT;
+    }
+    // Other families: nothing is lost when the socket is closed with unread data, so there is nothing to wait for.
+    return true;
+}
+
 int dg_accept(int fd) { return checked(accept4(fd, NULL, NULL, SOCK_CLOEXEC)); }
 
 int dg_vsock_listen(uint32_t port, int backlog) {

@@ -68,6 +68,8 @@ int dg_bind(int fd, const void *address, unsigned length);
 int dg_connect(int fd, const void *address, unsigned length);
 int dg_local_address(int fd, void *address, unsigned *length);
 int dg_peer_address(int fd, void *address, unsigned *length);
+// Whether the other end has closed a stream socket that this end has shut down for writing.
+bool dg_peer_has_closed(int fd);
 // accept4 with SOCK_CLOEXEC.
 int dg_accept(int fd);
 

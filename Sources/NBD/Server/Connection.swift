@@ -104,6 +104,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         flush()
         drain()
         publishCounts()
+        if client.isClosing && isAlive { link.close(waitingSeconds: 2) }
     }
 
     var inFlight: Int { ringReads + laneJobs }
@@ -126,6 +127,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
             batchRequests += 1
             answer(request)
         }
+        if client.isClosing { isInputClosed = true }
     }
 
     private mutating func answer(_ request: Request) {

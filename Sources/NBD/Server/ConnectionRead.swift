@@ -8,7 +8,7 @@ extension Connection where Link: ~Copyable {
     mutating func read(_ request: Request) {
         let range: Range<UInt64>
         do throws(BlockError) {
-            range = try export.info.check(offset: request.offset, length: request.length)
+            range = try export.check(offset: request.offset, length: request.length)
             if request.length > Export.payloadMax {
                 throw BlockError(.tooLarge, "reading \(request.length) bytes at once: at most \(Export.payloadMax)")
             }
@@ -393,7 +393,7 @@ extension Connection where Link: ~Copyable {
             position += size + Int(payload)
             prefetchedEnd = position
             if request.command == NBD.Command.read, request.length <= Export.payloadMax,
-                let range = try? export.info.check(offset: request.offset, length: request.length)
+                let range = try? export.check(offset: request.offset, length: request.length)
             {
                 device.prefetch(range)
             }

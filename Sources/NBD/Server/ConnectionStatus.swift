@@ -18,7 +18,7 @@ extension Connection where Link: ~Copyable {
             if wanted.isEmpty {
                 throw BlockError(.invalid, "block status: no meta context was negotiated")
             }
-            let range = try export.info.check(offset: request.offset, length: request.length)
+            let range = try export.check(offset: request.offset, length: request.length)
             submitStatus(request, range, wanted)
         } catch { replyError(request, error) }
     }

@@ -10,7 +10,7 @@ extension Connection where Link: ~Copyable {
             throw BlockError(.readOnly, "\(doing) the export \(export.name): it is read-only")
         }
         do throws(BlockError) {
-            return try export.info.check(offset: request.offset, length: request.length)
+            return try export.check(offset: request.offset, length: request.length)
         } catch where error.kind == .outOfRange {
             // A write past the end is told as "no space" (NBD protocol, NBD_CMD_WRITE).
             throw BlockError(.noSpace, error.message)
@@ -159,7 +159,7 @@ extension Connection where Link: ~Copyable {
 
     mutating func cache(_ request: Request) {
         do throws(BlockError) {
-            device.prefetch(try export.info.check(offset: request.offset, length: request.length))
+            device.prefetch(try export.check(offset: request.offset, length: request.length))
             replyDone(cookie: request.cookie, offset: request.offset)
         } catch { replyError(request, error) }
     }

@@ -48,6 +48,7 @@ public final class Export: Sendable {
     public let device: any BlockDevice
     /// What the device said of itself.
     public let info: DeviceInfo
+    private let size: UInt64
     /// The policies.
     public let options: ExportOptions
     /// The contexts that clients may ask for; a context's index is its id on the wire.
@@ -76,11 +77,21 @@ public final class Export: Sendable {
         self.description = description
         self.device = device
         info = device.info
+        size = info.size
         var options = options
         if info.isReadOnly { options.isReadOnly = true }
         self.options = options
         contexts = MetaContext.contexts(of: info)
         bucket = options.bytesPerSecondMax.map { TokenBucket(bytesPerSecond: $0) }
+    }
+
+    /// The range of `length` bytes at `offset`, as `DeviceInfo.check`, without copying the info for each request.
+    @inline(__always)
+    func check(offset: UInt64, length: UInt64) throws(BlockError) -> Range<UInt64> {
+        if length == 0 || offset > size || length > size - offset {
+            return try info.check(offset: offset, length: length)
+        }
+        return offset..<(offset + length)
     }
 
     /// What clients may do (NBD protocol, "Transmission flags"). Every client works on the same device, so a write that

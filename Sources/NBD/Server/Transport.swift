@@ -30,6 +30,8 @@ protocol Transport: ~Copyable {
     mutating func sendFile(_ file: Int32, at offset: UInt64, count: Int) -> Int?
     /// The longest that sending or receiving may make no progress, in seconds; 0 for no limit.
     mutating func setTimeout(seconds: Int)
+    /// Ends the stream after everything that was sent has reached the peer, waiting for it at most so long.
+    mutating func close(waitingSeconds: Double)
 }
 
 /// A connected socket, or a pair of pipes, without encryption.
@@ -115,5 +117,22 @@ struct PlainTransport: Transport, ~Copyable {
         guard isSocket else { return }
         var limit = timeval(tv_sec: seconds, tv_usec: 0)
         setsockopt(outputDescriptor, SOL_SOCKET, SO_SNDTIMEO, &limit, socklen_t(MemoryLayout<timeval>.size))
+    }
+
+    mutating func close(waitingSeconds: Double) {
+        guard isSocket else { return }
+        shutdown(outputDescriptor, Int32(SHUT_WR))
+        // Closing a socket with unread requests in it resets the connection, which can throw away replies that are
+        // still on their way: requests are read and dropped until the client has seen the end and closes, too.
+        let deadline = monotonicSeconds() + waitingSeconds
+        var dropped = [UInt8](repeating: 0, count: 65536)
+        while monotonicSeconds() < deadline {
+            let got = recv(inputDescriptor, &dropped, dropped.count, Int32(MSG_DONTWAIT))
+            if got < 0 && errno != EAGAIN && errno != EINTR { return }
+            if got <= 0 {
+                if dg_peer_has_closed(inputDescriptor) { return }
+                usleep(5000)
+            }
+        }
     }
 }
