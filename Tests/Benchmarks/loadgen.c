@@ -342,7 +342,8 @@ static void check_fit(const struct nbd_export *export) {
     if (options.write && (export->flags & NBD_FLAG_READ_ONLY)) die("the export is read-only");
     if (export->minimum_block > 0 && options.block % export->minimum_block != 0)
         die("--block must be a multiple of the export's %u bytes", export->minimum_block);
-    if (options.block > export->maximum_payload) die("--block is above the export's limit of %u", export->maximum_payload);
+    if (options.block > export->maximum_payload)
+        die("--block is above the export's limit of %u bytes", export->maximum_payload);
     if (options.span == 0) options.span = export->size;
     if (options.span > export->size) die("--span is beyond the export's %llu bytes", (unsigned long long)export->size);
     if (options.span / options.block < options.connections) die("--span must hold a block for every connection");
