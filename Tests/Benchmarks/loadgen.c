@@ -214,8 +214,10 @@ static void expect_payload(struct connection *c, struct slot *slot, uint64_t off
 }
 
 static void check_payload(uint64_t offset, const uint8_t *bytes, size_t length) {
-    if (offset + length > reference_size || memcmp(reference + offset, bytes, length) != 0)
-        die("wrong data within %zu bytes at offset %llu", length, (unsigned long long)offset);
+    if (offset + length <= reference_size && memcmp(reference + offset, bytes, length) == 0) return;
+    size_t i = 0;
+    while (offset + i < reference_size && reference[offset + i] == bytes[i]) i++;
+    die("wrong data at offset %llu", (unsigned long long)(offset + i));
 }
 
 static void check_hole(uint64_t offset, uint32_t length) {

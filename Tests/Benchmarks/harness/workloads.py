@@ -259,9 +259,9 @@ def verify(bench: Bench, row: Row):
     """Reads the whole disk through the server and compares it: speed counts only for the right bytes."""
     path, reference = bench.disks.path(row.disk), bench.disks.reference(row.disk)
     block = 256 * 1024
-    options = ["--verify", reference, "--block", block]
-    in_order = [*options, "--sequential", "--connections", 2, "--depth", 8, "--ops", reference.stat().st_size // block]
-    at_random = [*options, "--block", 4096, "--depth", 32, "--ops", 20000]
+    in_order = ["--sequential", "--block", block, "--connections", 2, "--depth", 8,
+                "--ops", reference.stat().st_size // block]
+    at_random = ["--block", 4096, "--depth", 32, "--ops", 20000]
     with RunningServer(row.server, make_export(path)) as running:
         for client in (in_order, at_random):
-            run_client(loadgen(bench, running, *client))
+            run_client(loadgen(bench, running, "--verify", reference, *client))
