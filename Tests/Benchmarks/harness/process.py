@@ -82,6 +82,17 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def wants_to_run(pid: int) -> bool:
+    """Whether any thread is running or waiting for a processor."""
+    for path in pathlib.Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            if path.read_text().rpartition(")")[2].split()[0] == "R":
+                return True
+        except OSError:
+            pass  # the thread has ended since
+    return False
+
+
 def has_ended(pid: int, within_seconds: float = 0) -> bool:
     """Whether a child of this process ends in time; it stays to be waited for."""
     descriptor = os.pidfd_open(pid)
