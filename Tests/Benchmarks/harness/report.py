@@ -58,10 +58,11 @@ def machine(work_directory: pathlib.Path, servers: list[Server], programs: list[
                      platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     versions = {}
-    for program in [server.program for server in servers] + programs:
+    for name, program in {server.program: (server.name, server.program) for server in reversed(servers)}.values():
         # nbd-server has no --version, but says its version before it complains.
         option = "-V" if program == "nbd-server" else "--version"
-        versions[os.path.basename(program)] = first_line([program, option]).removeprefix("This is ")
+        versions[name] = first_line([program, option]).removeprefix("This is ")
+    versions |= {program: first_line([program, "--version"]) for program in programs}
     return {
         "CPU": f"{model}, {len(os.sched_getaffinity(0))} cores",
         "memory": f"{memory:.0f} GiB",
