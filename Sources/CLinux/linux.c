@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <link.h>
 #include <linux/fs.h>
 #include <linux/openat2.h>
 #include <linux/vm_sockets.h>
@@ -160,6 +161,23 @@ int dg_signal_read(int fd) {
 
 int dg_eventfd(void) { return checked(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)); }
 int dg_die_with_parent(void) { return checked(prctl(PR_SET_PDEATHSIG, SIGTERM)); }
+
+// Only segments that are never written, and so hold nothing but what the file has, may be dropped.
+static int forget_segments(struct dl_phdr_info *info, size_t size, void *unused) {
+    (void)size;
+    (void)unused;
+    long page = sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const ElfW(Phdr) *segment = &info->dlpi_phdr[i];
+        if (segment->p_type != PT_LOAD || segment->p_flags & PF_W) continue;
+        uintptr_t start = (info->dlpi_addr + segment->p_vaddr + page - 1) & ~(uintptr_t)(page - 1);
+        uintptr_t end = (info->dlpi_addr + segment->p_vaddr + segment->p_filesz) & ~(uintptr_t)(page - 1);
+        if (end > start) madvise((void *)start, end - start, MADV_DONTNEED);
+    }
+    return 1;  // The first object is the program itself; libraries are shared with other processes anyway.
+}
+
+void dg_forget_startup_pages(void) { dl_iterate_phdr(forget_segments, NULL); }
 
 long dg_thread_blocks_read(void) {
     struct rusage usage;

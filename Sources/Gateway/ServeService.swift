@@ -88,6 +88,7 @@ public struct ServeService {
         for socket in sockets {
             request.log.notice("serving \(request.exports.count) export(s) on \(uri(socket.address, export: nil))")
         }
+        dg_forget_startup_pages()
         ServiceManager.notify("READY=1")
         let status = try waitForEnd(signals, command: startCommand(sockets))
         ServiceManager.notify("STOPPING=1")

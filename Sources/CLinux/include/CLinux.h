@@ -86,5 +86,8 @@ int dg_signal_read(int fd);
 int dg_eventfd(void);
 // Asks the kernel to send SIGTERM to this process when its parent dies.
 int dg_die_with_parent(void);
+// Unmaps the program's own code and constants from this process; what is still used comes back from the page cache.
+// A server that starts with a large command-line parser and then runs a small loop gets most of its memory back.
+void dg_forget_startup_pages(void);
 // Blocks read by this thread from storage so far (512-byte units): tells cached reads from real ones.
 long dg_thread_blocks_read(void);
