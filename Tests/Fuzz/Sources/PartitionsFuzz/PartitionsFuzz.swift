@@ -52,8 +52,8 @@ struct PartitionsFuzz {
             }
             // The entries of the first copy where it says; those of the backup in the sector before it.
             let entries = header == sectorSize ? field(72) * sectorSize : header - sectorSize
-            let length = field(80) * field(84)
-            if entries >= 0, length <= bytes.count, entries + length <= bytes.count {
+            let (length, isTooLong) = field(80).multipliedReportingOverflow(by: field(84))
+            if entries >= 0, !isTooLong, length <= bytes.count, entries + length <= bytes.count {
                 put(checksum(bytes[entries..<(entries + length)]), at: header + 88, of: &bytes)
             }
             let headerLength = field(12)
