@@ -25,13 +25,15 @@ enum SampleExports {
         return try [
             Export(name: "pattern", device: pattern),
             Export(
-                name: "huge", device: StubDevice(size: UInt64(Int64.max), isReadOnly: false, bitmaps: ["one", "two"])),
+                name: "huge",
+                device: StubDevice(size: UInt64(Int64.max), run: 1 << 55, isReadOnly: false, bitmaps: ["one", "two"])),
             Export(name: "memory", device: memory, options: limited),
             Export(name: "file", device: stableFile()),
             Export(name: "overlay", device: OverlayDevice(pattern, scratch: scratch)),
             Export(name: "faulty", device: FaultDevice(NamelessFile.memory(size: 1 << 20), plan: faults)),
             Export(name: "slice", device: SliceDevice(pattern, range: 1000..<900_001, label: "part")),
             Export(name: "resized", device: ResizedDevice(memory, size: 3 << 20)),
+            Export(name: "dense", device: StubDevice(size: 64 << 20, isReadOnly: true)),
         ]
     }
 
