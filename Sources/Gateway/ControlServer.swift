@@ -198,7 +198,10 @@ public final class ControlServer: Sendable {
             throw BlockError(.invalid, "adding an export: \(other) is no access: give read-only, writable or overlay")
         }
         disk.partition = request.partition
-        let export = try Export(name: name, description: request.description ?? "", device: disk.open())
+        var options = ExportOptions()
+        options.isReadOnly = disk.access == .readOnly
+        let export = try Export(
+            name: name, description: request.description ?? "", device: disk.open(), options: options)
         try registry.add(export)
         log.notice("added the export \"\(name)\" of \(source)")
         return export

@@ -163,6 +163,7 @@ struct ServeCommand: ParsableCommand {
 
     private func options() throws -> ExportOptions {
         var options = ExportOptions()
+        options.isReadOnly = !writable && !overlay
         for rule in allow { options.allow.append(try AllowRule(rule)) }
         options.bytesPerSecondMax = limitRate?.bytes
         options.readDelayMS = delayRead
