@@ -50,6 +50,9 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "FormatsTests", dependencies: ["Block", "LinuxIO", "Formats", "CZlib", "CZstd"],
+            cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )
