@@ -36,7 +36,7 @@ let package = Package(
             dependencies: ["Block", "LinuxIO", "CLinux", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
         .target(
-            name: "Transports", dependencies: ["Block", "LinuxIO", "Formats"], cSettings: gnuSource,
+            name: "Transports", dependencies: ["Block", "CLinux", "LinuxIO", "Formats"], cSettings: gnuSource,
             swiftSettings: settings),
         .target(
             name: "Gateway",
@@ -46,7 +46,8 @@ let package = Package(
         .executableTarget(
             name: "diskgate",
             dependencies: [
-                "Block", "Gateway", "LinuxIO", "NBD", "Transports", .product(name: "Logging", package: "swift-log"),
+                "Block", "Formats", "Gateway", "LinuxIO", "NBD", "Transports",
+                .product(name: "Logging", package: "swift-log"),
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             cSettings: gnuSource, swiftSettings: settings),

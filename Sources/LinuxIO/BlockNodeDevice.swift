@@ -37,7 +37,9 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     /// A device over an open block node, which it keeps open.
-    init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
+    ///
+    /// - Throws: `BlockError`: it is no block node, tells no size, or cannot be had as the options ask.
+    public init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
         let status = try node.status()
         guard status.st_mode & S_IFMT == S_IFBLK else {
             throw BlockError(.invalid, "opening \(name) as a block device: it is none")

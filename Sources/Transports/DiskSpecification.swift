@@ -1,5 +1,6 @@
 // A disk as the command line describes it: a source, and the filters laid over it, opened in one fixed order.
 public import Block
+import Formats
 import Glibc
 import LinuxIO
 
@@ -29,6 +30,8 @@ public struct DiskSpecification: Sendable {
     public var size: UInt64?
     /// A power of two that the size is rounded up to, in bytes.
     public var roundedTo: UInt64?
+    /// Directories, besides an image's own, beneath which images may name other files.
+    public var imageDirectories: [String] = []
     /// Errors and corruption to inject.
     public var faults: [FaultPlan.Fault] = []
     /// Where overlays keep what is written; nil for TMPDIR, or /var/tmp.
@@ -41,7 +44,7 @@ public struct DiskSpecification: Sendable {
     ///
     /// - Throws: `BlockError` of whatever could not be opened.
     public func open() throws(BlockError) -> any BlockDevice {
-        var device = try source.open(writable: access == .writable)
+        var device = try source.open(writable: access == .writable, imageDirectories: imageDirectories)
         if !faults.isEmpty { device = FaultDevice(device, plan: FaultPlan(faults)) }
         if offset > 0 || length != nil {
             let size = device.info.size
@@ -68,17 +71,21 @@ public struct DiskSpecification: Sendable {
     }
 
     private func openPartition(_ number: Int, of device: any BlockDevice) throws(BlockError) -> any BlockDevice {
-        throw BlockError(.unsupported, "partition \(number) of \(device.info.name)")
+        guard let table = try PartitionTable.read(from: device) else {
+            throw BlockError(.notFound, "taking partition \(number) of \(device.info.name): it has no partition table")
+        }
+        return try table.open(number, of: device)
     }
 }
 
 extension SourceReference {
     /// Opens what the reference names.
     ///
+    /// - Parameter imageDirectories: directories, besides an image's own, beneath which images may name other files.
     /// - Throws: `BlockError` of the reason.
-    public func open(writable: Bool = false) throws(BlockError) -> any BlockDevice {
+    public func open(writable: Bool = false, imageDirectories: [String] = []) throws(BlockError) -> any BlockDevice {
         switch kind {
-        case .path(let path): return try openPath(path, writable: writable)
+        case .path(let path): return try openPath(path, writable: writable, imageDirectories: imageDirectories)
         case .memory(let size):
             try allow([])
             return try NamelessFile.memory(size: size)
@@ -92,17 +99,39 @@ extension SourceReference {
         }
     }
 
-    private func openPath(_ path: String, writable: Bool) throws(BlockError) -> any BlockDevice {
+    private func openPath(_ path: String, writable: Bool, imageDirectories: [String]) throws(BlockError)
+        -> any BlockDevice
+    {
         try allow(["format", "direct", "exclusive"])
         var options = RawOptions()
         options.isWritable = writable
         options.isDirect = try flag("direct")
         options.isExclusive = try flag("exclusive")
+        let hint = try formatHint(path)
         var status = stat()
         if stat(path, &status) < 0 { throw BlockError(errno: errno, "opening \(path)") }
-        switch status.st_mode & S_IFMT {
-        case S_IFBLK: return try BlockNodeDevice.open(path, options)
-        default: return try RawFileDevice.open(path, options)
+        let isNode = status.st_mode & S_IFMT == S_IFBLK
+        let device: any BlockDevice =
+            isNode ? try BlockNodeDevice.open(path, options) : try RawFileDevice.open(path, options)
+        let decided = hint ?? .guess(name: path, isNodeOrRemote: isNode)
+        let directory = parent(try realPath(path))
+        var siblingOptions = RawOptions()
+        siblingOptions.isDirect = options.isDirect
+        var allowed = [directory]
+        for other in imageDirectories { allowed.append(try realPath(other)) }
+        let file = ResolvedFile(
+            device: device, identity: isNode ? "node \(status.st_rdev)" : "\(status.st_dev):\(status.st_ino)",
+            resolver: DirectoryResolver(directory: directory, allowed: allowed, options: siblingOptions))
+        return try openDisk(file, decided)
+    }
+
+    /// What format= says; nil without it.
+    private func formatHint(_ path: String) throws(BlockError) -> FormatHint? {
+        guard let name = parameter("format") else { return nil }
+        guard let format = ImageFormat(rawValue: name) else {
+            let known = ImageFormat.allCases.filter(\.isSupported).map(\.rawValue).joined(separator: ", ")
+            throw BlockError(.invalid, "opening \(self): there is no format \(name), only \(known)")
         }
+        return .explicit(format)
     }
 }
