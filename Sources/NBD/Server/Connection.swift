@@ -104,7 +104,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         flush()
         drain()
         publishCounts()
-        if client.isClosing && isAlive { link.close(waitingSeconds: 2) }
+        if client.isClosing && isAlive { link.close(waitingSeconds: 5) }
     }
 
     var inFlight: Int { ringReads + laneJobs }
@@ -190,14 +190,14 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         // The client may wait for replies before it sends the rest.
         if done < buffer.count { flush() }
         while done < buffer.count {
-            guard
-                case .bytes(let count) = link.receive(
-                    into: UnsafeMutableRawBufferPointer(rebasing: buffer[done...]), waiting: true)
-            else {
+            let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
+            switch link.receive(into: rest, waiting: true) {
+            case .bytes(let count): done += count
+            case .nothing where !client.isClosing: continue
+            case .nothing, .closed:
                 isInputClosed = true
                 return false
             }
-            done += count
         }
         return true
     }
@@ -211,7 +211,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
             left -= now
             if left == 0 { break }
             flush()
-            if !receive(waiting: true) { break }
+            if !receive(waiting: true) && (isInputClosed || client.isClosing) { break }
         }
     }
 
