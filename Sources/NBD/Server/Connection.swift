@@ -51,11 +51,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     /// Bytes of the input, from its start, whose reads were asked to be read ahead.
     var prefetchedEnd = 0
 
-    /// Receives to try before blocking; adapts to whether trying helps.
-    var spinBudget = 0
-    var batchRequests = 0
-    var turnsSinceSpin = 0
-
     var counts = Counts()
 
     /// Work done since it was last added to the export's counters.
@@ -115,7 +110,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     private mutating func answerRequests() {
         if coldTurns > 0 { prefetchBatch() }
         let size = mode.requestSize
-        batchRequests = 0
         while isAlive && !isInputClosed && inputEnd - inputStart >= size {
             let header = UnsafeRawBufferPointer(rebasing: input[inputStart..<(inputStart + size)])
             guard let request = Request(header, mode) else {
@@ -124,7 +118,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
                 break
             }
             inputStart += size
-            batchRequests += 1
             answer(request)
         }
         if client.isClosing { isInputClosed = true }
