@@ -50,6 +50,12 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             cSettings: gnuSource, swiftSettings: settings),
+        .target(
+            name: "Support", dependencies: ["Block", "LinuxIO"], path: "Tests/Support", cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(
+            name: "BlockTests", dependencies: ["Block", "LinuxIO", "Support"], cSettings: gnuSource,
+            swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )
