@@ -54,6 +54,12 @@ let package = Package(
         .testTarget(
             name: "FormatsTests", dependencies: ["Block", "LinuxIO", "Formats", "CZlib", "CZstd"],
             cSettings: gnuSource, swiftSettings: settings),
+        .target(
+            name: "Support", dependencies: ["Block", "LinuxIO"], path: "Tests/Support", cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(
+            name: "BlockTests", dependencies: ["Block", "LinuxIO", "Support"], cSettings: gnuSource,
+            swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )
