@@ -50,6 +50,10 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "NBDTests",
+            dependencies: ["Block", "CLinux", "LinuxIO", "NBD", .product(name: "Logging", package: "swift-log")],
+            cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )
