@@ -1,5 +1,6 @@
 // Bytes as tests write them: big-endian numbers and strings in a row, the way the protocol's document shows messages.
 import Block
+import Glibc
 
 /// The bytes of values in order: integers big-endian, strings as UTF-8, byte arrays as they are.
 func bytes(_ parts: any WireValue...) -> [UInt8] { parts.flatMap { $0.wire } }
@@ -61,3 +62,14 @@ struct Dice: RandomNumberGenerator {
         return z ^ (z >> 31)
     }
 }
+
+/// Whether bytes are those of another row; without optimisation this is much faster than comparing slices.
+func isSame(_ left: [UInt8], _ right: ArraySlice<UInt8>) -> Bool {
+    left.count == right.count
+        && left.withUnsafeBytes { left in
+            right.withUnsafeBytes { left.isEmpty || memcmp(left.baseAddress, $0.baseAddress, left.count) == 0 }
+        }
+}
+
+/// Whether all bytes have one value.
+func isAll(_ bytes: [UInt8], _ value: UInt8) -> Bool { isSame(bytes, [UInt8](repeating: value, count: bytes.count)[...]) }
