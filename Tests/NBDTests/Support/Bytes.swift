@@ -65,10 +65,13 @@ struct Dice: RandomNumberGenerator {
 
 /// Whether bytes are those of another row; without optimisation this is much faster than comparing slices.
 func isSame(_ left: [UInt8], _ right: ArraySlice<UInt8>) -> Bool {
-    left.count == right.count
-        && left.withUnsafeBytes { left in
-            right.withUnsafeBytes { left.isEmpty || memcmp(left.baseAddress, $0.baseAddress, left.count) == 0 }
+    guard left.count == right.count else { return false }
+    return left.withUnsafeBytes { left in
+        right.withUnsafeBytes { right in
+            guard let one = left.baseAddress, let other = right.baseAddress else { return left.isEmpty }
+            return memcmp(one, other, left.count) == 0
         }
+    }
 }
 
 /// Whether all bytes have one value.
