@@ -60,6 +60,10 @@ let package = Package(
         .testTarget(
             name: "BlockTests", dependencies: ["Block", "LinuxIO", "Support"], cSettings: gnuSource,
             swiftSettings: settings),
+        .testTarget(
+            name: "NBDTests",
+            dependencies: ["Block", "CLinux", "LinuxIO", "NBD", .product(name: "Logging", package: "swift-log")],
+            cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )

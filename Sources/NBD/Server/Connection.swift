@@ -286,11 +286,21 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         }
     }
 
+    /// The bytes of a text as far as the protocol lets them be sent, cut between two characters.
+    private static func cut(_ text: String) -> [UInt8] {
+        var bytes = Array(text.utf8)
+        if bytes.count <= NBD.stringLengthMax { return bytes }
+        var end = NBD.stringLengthMax
+        while end > 0 && bytes[end] & 0xC0 == 0x80 { end -= 1 }
+        bytes.removeSubrange(end...)
+        return bytes
+    }
+
     /// Appends an error chunk; `at` is sent for NBD_REPLY_TYPE_ERROR_OFFSET only.
     mutating func appendError(
         _ type: UInt16, _ error: BlockError, done: Bool, cookie: UInt64, requestOffset: UInt64, at: UInt64
     ) {
-        let text = Array(error.message.utf8.prefix(NBD.stringLengthMax))
+        let text = Self.cut(error.message)
         let hasOffset = type == NBD.Chunk.errorOffset
         reserve(mode.replySize + 64 + text.count)
         appendHeader(

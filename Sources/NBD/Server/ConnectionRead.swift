@@ -107,14 +107,16 @@ extension Connection where Link: ~Copyable {
     }
 
     /// Sends a run of a stable file by reference, in pieces, so that a failure costs one piece and an error chunk.
+    ///
+    /// No piece is marked as the last of its read: whether the file has the bytes is known only after its header went
+    /// out, and an error can follow only where the client still waits for something.
     private mutating func sendFileRun(_ file: FileRef, _ from: UInt64, _ length: UInt64, _ state: inout ChunkState) {
         var offset = from
         let end = from + length
         hasSentFiles = true
         while offset < end && isAlive {
             let count = Int(min(end - offset, UInt64(Self.pieceMax)))
-            let last = isLast(state, state.position + UInt64(count))
-            appendDataHeader(state, count, done: last)
+            appendDataHeader(state, count, done: false)
             flush(more: true)
             if !isAlive { return }
             guard let sent = link.sendFile(file.descriptor, at: offset, count: count) else {
@@ -128,7 +130,6 @@ extension Connection where Link: ~Copyable {
                         + "\(export.info.name): the file failed, or ends earlier than when it was opened")
                 failPart(state, error, at: state.position + UInt64(sent), done: false)
             }
-            state.isDone = last && sent == count
             state.position += UInt64(count)
             offset += UInt64(count)
         }

@@ -25,7 +25,8 @@ public final class ClientRecord: Sendable {
     public let id: Int
     /// Who it is.
     public let peer: Peer
-    private let descriptor: Descriptor?
+    // Weak: its connection's thread owns the socket, and who looks at a record must not keep it open.
+    private weak let descriptor: Descriptor?
     private let log: Logger
     private let closing = Atomic<Bool>(false)
     private let exportName = Locked<String?>(nil)
