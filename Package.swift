@@ -16,7 +16,12 @@ let gnuSource: [CSetting] = [.define("_GNU_SOURCE")]
 let package = Package(
     name: "diskgate-package",
     products: [
-        .executable(name: "diskgate", targets: ["diskgate"])
+        .executable(name: "diskgate", targets: ["diskgate"]),
+        // For Tests/Fuzz, a package of its own.
+        .library(name: "Block", targets: ["Block"]),
+        .library(name: "LinuxIO", targets: ["LinuxIO"]),
+        .library(name: "Formats", targets: ["Formats"]),
+        .library(name: "NBD", targets: ["NBD"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
