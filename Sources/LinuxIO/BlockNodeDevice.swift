@@ -28,7 +28,7 @@ public final class BlockNodeDevice: BlockDevice {
         if options.isExclusive || options.isWritable { flags |= O_EXCL }
         do throws(BlockError) {
             return try BlockNodeDevice(Descriptor.open(path, flags), name: path, options)
-        } catch where error.message.contains(systemErrorText(EBUSY)) {
+        } catch  where error.message.contains(systemErrorText(EBUSY)) {
             throw BlockError(
                 error.kind,
                 "\(error.message): it is mounted, or held by LVM, RAID, multipath or another program; release it first "
@@ -132,7 +132,8 @@ public final class BlockNodeDevice: BlockDevice {
             if result == -EOPNOTSUPP || result == -EINVAL {
                 try writeZeros(to: self, whole)
             } else if result < 0 {
-                throw BlockError(errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
+                throw BlockError(
+                    errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
             }
         }
         if options.contains(.durable) { try flush() }

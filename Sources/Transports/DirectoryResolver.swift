@@ -27,8 +27,10 @@ struct DirectoryResolver: FileResolver {
         let flags = O_RDONLY | (options.isDirect ? O_DIRECT : 0)
         let number = dg_open_beneath(folder.number, inside, flags)
         if number == -EXDEV {
-            throw BlockError(.denied, "\(path) leads out of \(root) by a symbolic link; allow where it leads to with "
-                + "--image-directory")
+            throw BlockError(
+                .denied,
+                "\(path) leads out of \(root) by a symbolic link; allow where it leads to with "
+                    + "--image-directory")
         }
         if number < 0 { throw BlockError(errno: -number, "opening \(path)") }
         return try resolved(Descriptor(owning: number), path: path)

@@ -64,7 +64,8 @@ public struct DiskSpecification: Sendable {
         }
         if access == .writable && device.info.isReadOnly {
             throw BlockError(
-                .readOnly, "opening \(source) for writing: a \(device.info.format) source can only be read here "
+                .readOnly,
+                "opening \(source) for writing: a \(device.info.format) source can only be read here "
                     + "(an overlay keeps what is written in scratch space)")
         }
         return device
@@ -92,7 +93,8 @@ extension SourceReference {
         case .pattern(let size):
             try allow(["seed", "allocated"])
             let text = parameter("allocated") ?? "100%"
-            guard let seed = UInt64(parameter("seed") ?? "0"), let percent = Double(text.split(separator: "%")[0]) else {
+            guard let seed = UInt64(parameter("seed") ?? "0"), let percent = Double(text.split(separator: "%")[0])
+            else {
                 throw BlockError(.invalid, "opening \(self): give seed=NUMBER and allocated=PERCENT%")
             }
             return try PatternDevice(size: size, seed: seed, allocatedShare: percent / 100)

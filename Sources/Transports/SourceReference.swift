@@ -135,7 +135,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
     func allow(_ keys: Set<String>) throws(BlockError) {
         if let other = parameters.first(where: { !keys.contains($0.key) }) {
             throw BlockError(
-                .invalid, "opening \(self): the parameter \(other.key) means nothing here (known: "
+                .invalid,
+                "opening \(self): the parameter \(other.key) means nothing here (known: "
                     + "\(keys.sorted().joined(separator: ", ")))")
         }
     }

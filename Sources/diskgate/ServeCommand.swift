@@ -185,7 +185,8 @@ struct ServeCommand: ParsableCommand {
         if tls == nil, let open = addresses.first(where: { !$0.isLocal }) {
             throw BlockError(
                 .denied,
-                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is meant")
+                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is meant"
+            )
         }
         return addresses
     }
@@ -196,10 +197,12 @@ struct FaultArgument {
     let fault: FaultPlan.Fault
 
     init(_ text: String) throws(BlockError) {
-        let bad = BlockError(.invalid, "\(text) is no fault: give KIND[@START-END][%PERCENT], for example read-error@1M-2M%50")
+        let bad = BlockError(
+            .invalid, "\(text) is no fault: give KIND[@START-END][%PERCENT], for example read-error@1M-2M%50")
         let halves = text.split(separator: "%", maxSplits: 1, omittingEmptySubsequences: false)
         let parts = halves[0].split(separator: "@", maxSplits: 1, omittingEmptySubsequences: false)
-        guard let kind = parts.first, let percent = halves.count == 2 ? Double(halves[1]) : 100, percent >= 0, percent <= 100
+        guard let kind = parts.first, let percent = halves.count == 2 ? Double(halves[1]) : 100, percent >= 0,
+            percent <= 100
         else { throw bad }
         var range: Range<UInt64> = 0..<UInt64(Int64.max)
         if parts.count == 2 {
