@@ -85,8 +85,10 @@ public struct ServeService {
         }
         if case .unix(let path)? = request.control { cleanUp.append(path) }
         try server.accept(on: sockets)
+        let disks = request.exports
+        let what = disks.count == 1 ? disks[0].info.name : "\(disks.count) exports"
         for socket in sockets {
-            request.log.notice("serving \(request.exports.count) export(s) on \(uri(socket.address, export: nil))")
+            request.log.notice("serving \(what) at \(uri(socket.address, export: nil))")
         }
         dg_forget_startup_pages()
         ServiceManager.notify("READY=1")
