@@ -129,6 +129,11 @@ struct ServeCommand: ParsableCommand {
     }
 
     func run() throws {
+        let status = try ServeService(request()).run()
+        if status != 0 { throw ExitCode(status) }
+    }
+
+    private func request() throws -> ServeRequest {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
         for (index, source) in sources.enumerated() {
@@ -146,8 +151,7 @@ struct ServeCommand: ParsableCommand {
         request.limits.connectionsMax = maxConnections
         request.limits.handshakeSeconds = handshakeTimeout
         request.graceSeconds = grace
-        let status = try ServeService(request).run()
-        if status != 0 { throw ExitCode(status) }
+        return request
     }
 
     private func disk(_ source: String) throws -> DiskSpecification {
