@@ -41,7 +41,7 @@ let package = Package(
             dependencies: ["Block", "LinuxIO", "CLinux", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
         .target(
-            name: "Transports", dependencies: ["Block", "LinuxIO", "Formats"], cSettings: gnuSource,
+            name: "Transports", dependencies: ["Block", "CLinux", "LinuxIO", "Formats"], cSettings: gnuSource,
             swiftSettings: settings),
         .target(
             name: "Gateway",
@@ -51,12 +51,23 @@ let package = Package(
         .executableTarget(
             name: "diskgate",
             dependencies: [
-                "Block", "Gateway", "LinuxIO", "NBD", "Transports", .product(name: "Logging", package: "swift-log"),
+                "Block", "Formats", "Gateway", "LinuxIO", "NBD", "Transports",
+                .product(name: "Logging", package: "swift-log"),
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
             name: "FormatsTests", dependencies: ["Block", "LinuxIO", "Formats", "CZlib", "CZstd"],
+            cSettings: gnuSource, swiftSettings: settings),
+        .target(
+            name: "Support", dependencies: ["Block", "LinuxIO"], path: "Tests/Support", cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(
+            name: "BlockTests", dependencies: ["Block", "LinuxIO", "Support"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(
+            name: "NBDTests",
+            dependencies: ["Block", "CLinux", "LinuxIO", "NBD", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]

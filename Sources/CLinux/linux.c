@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <link.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <linux/openat2.h>
 #include <linux/vm_sockets.h>
 #include <netinet/in.h>
@@ -19,6 +20,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
@@ -86,6 +88,11 @@ int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
     memcpy(memory, answer + 0x98, sizeof *memory);
     memcpy(offset, answer + 0x9C, sizeof *offset);
     return 0;
+}
+
+bool dg_is_in_memory(int fd) {
+    struct statfs status;
+    return fstatfs(fd, &status) == 0 && (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC);
 }
 
 int dg_set_flags(int fd, int flags) { return checked(fcntl(fd, F_SETFL, flags)); }

@@ -28,7 +28,7 @@ public final class BlockNodeDevice: BlockDevice {
         if options.isExclusive || options.isWritable { flags |= O_EXCL }
         do throws(BlockError) {
             return try BlockNodeDevice(Descriptor.open(path, flags), name: path, options)
-        } catch where error.message.contains(systemErrorText(EBUSY)) {
+        } catch  where error.message.contains(systemErrorText(EBUSY)) {
             throw BlockError(
                 error.kind,
                 "\(error.message): it is mounted, or held by LVM, RAID, multipath or another program; release it first "
@@ -37,7 +37,9 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     /// A device over an open block node, which it keeps open.
-    init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
+    ///
+    /// - Throws: `BlockError`: it is no block node, tells no size, or cannot be had as the options ask.
+    public init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
         let status = try node.status()
         guard status.st_mode & S_IFMT == S_IFBLK else {
             throw BlockError(.invalid, "opening \(name) as a block device: it is none")
@@ -130,7 +132,8 @@ public final class BlockNodeDevice: BlockDevice {
             if result == -EOPNOTSUPP || result == -EINVAL {
                 try writeZeros(to: self, whole)
             } else if result < 0 {
-                throw BlockError(errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
+                throw BlockError(
+                    errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
             }
         }
         if options.contains(.durable) { try flush() }

@@ -54,6 +54,7 @@ public final class RawFileDevice: BlockDevice {
         info.canZeroFast = options.isWritable
         info.canDiscard = options.isWritable
         var traits: FileTraits = probeTryable(file.number) && !options.isDirect ? .tryable : []
+        if !options.isDirect && dg_is_in_memory(file.number) { traits.insert(.memory) }
         if options.isDirect {
             let alignment = try directAlignment(file.number, name: name)
             traits = traits.union(.direct).aligned(to: alignment)

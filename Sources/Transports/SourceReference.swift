@@ -96,7 +96,7 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         return decoded
     }
 
-    /// Text with %XX replaced by the byte it stands for; nil when malformed or not UTF-8.
+    /// Text with %XX replaced by the byte it stands for; nil when that is a zero byte or makes no UTF-8.
     private static func decoded(_ text: Substring) -> String? {
         var bytes: [UInt8] = []
         var rest = text.utf8[...]
@@ -106,8 +106,12 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
                 continue
             }
             let digits = rest.prefix(2)
-            guard digits.count == 2, let value = UInt8(String(decoding: digits, as: UTF8.self), radix: 16), value != 0
-            else { return nil }
+            guard digits.count == 2, let value = UInt8(String(decoding: digits, as: UTF8.self), radix: 16) else {
+                // A percent sign that stands for itself: allocated=30%.
+                bytes.append(byte)
+                continue
+            }
+            if value == 0 { return nil }
             bytes.append(value)
             rest = rest.dropFirst(2)
         }
@@ -131,7 +135,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
     func allow(_ keys: Set<String>) throws(BlockError) {
         if let other = parameters.first(where: { !keys.contains($0.key) }) {
             throw BlockError(
-                .invalid, "opening \(self): the parameter \(other.key) means nothing here (known: "
+                .invalid,
+                "opening \(self): the parameter \(other.key) means nothing here (known: "
                     + "\(keys.sorted().joined(separator: ", ")))")
         }
     }

@@ -51,6 +51,8 @@ int dg_block_disk_sequence(int fd, uint64_t *sequence);
 int dg_open_beneath(int directory, const char *path, int flags);
 // Memory and offset alignment that O_DIRECT needs on this file; 0 and 0 where O_DIRECT is not supported.
 int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
+// Whether a file lies in memory (tmpfs, ramfs).
+bool dg_is_in_memory(int fd);
 int dg_set_flags(int fd, int flags);
 int dg_get_flags(int fd);
 int dg_set_close_on_exec(int fd);

@@ -165,7 +165,7 @@ public final class Qcow2Device: BlockDevice {
 extension Qcow2Device {
     /// Runs of data at least this long are looked at in the file below: a preallocated image has large ones that were
     /// never written. Shorter ones are not worth a system call each.
-    private static let dataLookedAtMin: UInt64 = 1 << 20
+    private static let dataLookedAtMin: UInt64 = 256 << 10
 
     /// Allocation, depth in the backing chain (this image is 1), or one of the bitmaps in `info.dirtyBitmaps`.
     public func status(_ context: StatusContext, of range: Range<UInt64>, into list: inout StatusList)

@@ -100,17 +100,22 @@ public struct ServerHandshake {
                 guard rest.bigEndian(0, as: UInt64.self) == NBD.optionMagic else { return (consumed, .close) }
                 let option = rest.bigEndian(8, as: UInt32.self)
                 let length = rest.bigEndian(12, as: UInt32.self)
+                // Every option counts where it is taken, be it skipped or answered.
+                let isOneTooMany = optionCount >= Self.optionCountMax
                 if length > Self.optionLengthMax {
                     consumed += 16
-                    if option == NBD.Option.exportName || length > Self.optionSkipMax { return (consumed, .close) }
+                    if option == NBD.Option.exportName || length > Self.optionSkipMax || isOneTooMany {
+                        return (consumed, .close)
+                    }
+                    optionCount += 1
                     refuse(option, NBD.OptionReply.errorTooBig, "the option is too long", into: &output)
                     state = .skipping(length)
                     continue
                 }
                 guard rest.count >= 16 + Int(length) else { return (consumed, .more) }
                 consumed += 16 + Int(length)
+                if isOneTooMany { return (consumed, .close) }
                 optionCount += 1
-                if optionCount > Self.optionCountMax { return (consumed, .close) }
                 let payload = UnsafeRawBufferPointer(rebasing: rest[16..<(16 + Int(length))])
                 if let outcome = answer(option, payload, into: &output) { return (consumed, outcome) }
             }
@@ -170,7 +175,8 @@ public struct ServerHandshake {
 
     /// NBD_OPT_EXPORT_NAME: it cannot be refused but by closing.
     private func exportName(_ payload: UnsafeRawBufferPointer, into output: inout [UInt8]) -> Outcome {
-        guard mode != .extended, payload.count <= NBD.stringLengthMax, let name = String(validating: payload, as: UTF8.self),
+        guard mode != .extended, payload.count <= NBD.stringLengthMax,
+            let name = String(validating: payload, as: UTF8.self),
             let export = directory.export(named: name, for: peer)
         else { return .close }
         output.appendBigEndian(export.info.size)

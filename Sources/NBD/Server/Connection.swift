@@ -51,11 +51,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     /// Bytes of the input, from its start, whose reads were asked to be read ahead.
     var prefetchedEnd = 0
 
-    /// Receives to try before blocking; adapts to whether trying helps.
-    var spinBudget = 0
-    var batchRequests = 0
-    var turnsSinceSpin = 0
-
     var counts = Counts()
 
     /// Work done since it was last added to the export's counters.
@@ -104,7 +99,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         flush()
         drain()
         publishCounts()
-        if client.isClosing && isAlive { link.close(waitingSeconds: 2) }
+        if client.isClosing && isAlive { link.close(waitingSeconds: 5) }
     }
 
     var inFlight: Int { ringReads + laneJobs }
@@ -115,7 +110,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     private mutating func answerRequests() {
         if coldTurns > 0 { prefetchBatch() }
         let size = mode.requestSize
-        batchRequests = 0
         while isAlive && !isInputClosed && inputEnd - inputStart >= size {
             let header = UnsafeRawBufferPointer(rebasing: input[inputStart..<(inputStart + size)])
             guard let request = Request(header, mode) else {
@@ -124,7 +118,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
                 break
             }
             inputStart += size
-            batchRequests += 1
             answer(request)
         }
         if client.isClosing { isInputClosed = true }
@@ -190,14 +183,14 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         // The client may wait for replies before it sends the rest.
         if done < buffer.count { flush() }
         while done < buffer.count {
-            guard
-                case .bytes(let count) = link.receive(
-                    into: UnsafeMutableRawBufferPointer(rebasing: buffer[done...]), waiting: true)
-            else {
+            let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
+            switch link.receive(into: rest, waiting: true) {
+            case .bytes(let count): done += count
+            case .nothing where !client.isClosing: continue
+            case .nothing, .closed:
                 isInputClosed = true
                 return false
             }
-            done += count
         }
         return true
     }
@@ -211,7 +204,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
             left -= now
             if left == 0 { break }
             flush()
-            if !receive(waiting: true) { break }
+            if !receive(waiting: true) && (isInputClosed || client.isClosing) { break }
         }
     }
 
@@ -293,11 +286,21 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         }
     }
 
+    /// The bytes of a text as far as the protocol lets them be sent, cut between two characters.
+    private static func cut(_ text: String) -> [UInt8] {
+        var bytes = Array(text.utf8)
+        if bytes.count <= NBD.stringLengthMax { return bytes }
+        var end = NBD.stringLengthMax
+        while end > 0 && bytes[end] & 0xC0 == 0x80 { end -= 1 }
+        bytes.removeSubrange(end...)
+        return bytes
+    }
+
     /// Appends an error chunk; `at` is sent for NBD_REPLY_TYPE_ERROR_OFFSET only.
     mutating func appendError(
         _ type: UInt16, _ error: BlockError, done: Bool, cookie: UInt64, requestOffset: UInt64, at: UInt64
     ) {
-        let text = Array(error.message.utf8.prefix(NBD.stringLengthMax))
+        let text = Self.cut(error.message)
         let hasOffset = type == NBD.Chunk.errorOffset
         reserve(mode.replySize + 64 + text.count)
         appendHeader(

@@ -69,7 +69,8 @@ private struct StatusReply: Sendable {
     let requestOffset: UInt64
     let extentsMax: Int
 
-    func make(_ range: Range<UInt64>, _ contexts: [(id: UInt32, context: StatusContext)]) throws(BlockError) -> [UInt8] {
+    func make(_ range: Range<UInt64>, _ contexts: [(id: UInt32, context: StatusContext)]) throws(BlockError) -> [UInt8]
+    {
         var reply: [UInt8] = []
         var list = StatusList(capacity: extentsMax)
         for (index, (id, context)) in contexts.enumerated() {

@@ -28,7 +28,8 @@ final class BytesDevice: BlockDevice {
         handle = SourceHandle(Source(bytes))
     }
 
-    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64 {
+    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64
+    {
         precondition(!range.isEmpty && range.upperBound <= info.size, "a map was asked for \(range)")
         let added = extents.append(range.count64, .source(handle.reference, offset: range.lowerBound))
         return added ? range.upperBound : range.lowerBound
@@ -49,7 +50,8 @@ final class WatchedDevice: BlockDevice {
 
     var info: DeviceInfo { lower.info }
 
-    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64 {
+    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64
+    {
         precondition(!range.isEmpty && range.upperBound <= info.size, "a map was asked for \(range)")
         switch patience {
         case .resident: if !isResident { return range.lowerBound }

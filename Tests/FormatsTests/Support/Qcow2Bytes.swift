@@ -48,7 +48,9 @@ enum Qcow2Builder {
     /// Adds a header extension after the version 3 header and what was added before.
     static func addExtension(_ bytes: inout [UInt8], _ type: UInt32, _ data: [UInt8]) {
         var position = 104
-        while Qcow2Layout(bytes).half(position) != 0 { position += 8 + (Int(Qcow2Layout(bytes).half(position + 4)) + 7) & ~7 }
+        while Qcow2Layout(bytes).half(position) != 0 {
+            position += 8 + (Int(Qcow2Layout(bytes).half(position + 4)) + 7) & ~7
+        }
         store(&bytes, position, type)
         store(&bytes, position + 4, UInt32(data.count))
         bytes.replaceSubrange((position + 8)..<(position + 8 + data.count), with: data)

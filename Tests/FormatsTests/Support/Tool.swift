@@ -25,10 +25,14 @@ enum Tool {
 
     /// Runs a program in a directory and returns what it wrote to standard output.
     @discardableResult
-    static func run(_ name: String, _ arguments: [String], in directory: String, input: String = "") throws -> String {
+    static func run(
+        _ name: String, _ arguments: [String], in directory: String, input: String = "",
+        environment: [String: String] = [:]
+    ) throws -> String {
         let process = Process()
         process.executableURL = URL(fileURLWithPath: try find(name))
         process.arguments = arguments
+        process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
         process.currentDirectoryURL = URL(fileURLWithPath: directory)
         let inputPipe = Pipe()
         process.standardInput = inputPipe
