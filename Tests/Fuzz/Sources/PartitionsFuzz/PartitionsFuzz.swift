@@ -30,7 +30,8 @@ struct PartitionsFuzz {
         for partition in table.partitions {
             require(numbers.insert(partition.number).inserted, "two partitions \(partition.number)")
             let slice = try? table.open(partition.number, of: disk)
-            require((slice != nil) == (partition.problem == nil), "partition \(partition.number) opens against its word")
+            require(
+                (slice != nil) == (partition.problem == nil), "partition \(partition.number) opens against its word")
             guard let slice else { continue }
             require(partition.range.upperBound <= disk.info.size, "partition \(partition.number) ends past the disk")
             require(slice.info.size == partition.range.count64, "partition \(partition.number) has another size")
