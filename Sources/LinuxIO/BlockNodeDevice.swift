@@ -28,7 +28,7 @@ public final class BlockNodeDevice: BlockDevice {
         if options.isExclusive || options.isWritable { flags |= O_EXCL }
         do throws(BlockError) {
             return try BlockNodeDevice(Descriptor.open(path, flags), name: path, options)
-        } catch where error.message.contains(systemErrorText(EBUSY)) {
+        } catch  where error.message.contains(systemErrorText(EBUSY)) {
             throw BlockError(
                 error.kind,
                 "\(error.message): it is mounted, or held by LVM, RAID, multipath or another program; release it first "
@@ -140,7 +140,8 @@ public final class BlockNodeDevice: BlockDevice {
             if result == -EOPNOTSUPP || result == -EINVAL {
                 try writeZeros(to: self, whole)
             } else if result < 0 {
-                throw BlockError(errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
+                throw BlockError(
+                    errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
             }
         }
         if options.contains(.durable) { try flush() }
@@ -180,9 +181,6 @@ private struct NodeLimits {
         var bytes: UInt64 = 0
         let result = dg_block_size64(descriptor, &bytes)
         if result < 0 { throw BlockError(errno: -result, "asking for the size of \(name) (BLKGETSIZE64)") }
-        if bytes == 0 {
-            throw BlockError(.invalid, "opening \(name): the device reports 0 bytes; it has no medium, or is gone")
-        }
         var logical: UInt32 = 0
         var physical: UInt32 = 0
         var best: UInt32 = 0
@@ -191,8 +189,12 @@ private struct NodeLimits {
         _ = dg_block_physical_size(descriptor, &physical)
         _ = dg_block_io_opt(descriptor, &best)
         _ = dg_block_read_only_get(descriptor, &readOnly)
-        size = bytes
         logicalSector = min(max(logical.powerOfTwo, 512), 65536)
+        // A loop device may end inside a sector, which the kernel then neither reads nor writes.
+        size = bytes / UInt64(logicalSector) * UInt64(logicalSector)
+        if size == 0 {
+            throw BlockError(.invalid, "opening \(name): the device reports no bytes; it has no medium, or is gone")
+        }
         // An optimal size that is no power of two (RAID stripes) cannot be told over NBD; the physical sector can.
         let wanted = best.nonzeroBitCount == 1 ? max(best, physical) : physical
         preferred = min(max(wanted.powerOfTwo, 4096, logicalSector), 1 << 20)

@@ -36,7 +36,10 @@ public final class RawFileDevice: BlockDevice {
     public static func open(_ path: String, _ options: RawOptions = RawOptions()) throws(BlockError) -> RawFileDevice {
         var flags = options.isWritable ? O_RDWR : O_RDONLY
         if options.isDirect { flags |= O_DIRECT }
-        return try RawFileDevice(Descriptor.open(path, flags), name: path, options)
+        // Without waiting: opening a pipe for reading would last until somebody writes into it.
+        let file = try Descriptor.open(path, flags | O_NONBLOCK)
+        file.makeBlocking()
+        return try RawFileDevice(file, name: path, options)
     }
 
     /// A device over an open regular file, which it keeps open.
@@ -118,7 +121,11 @@ public final class RawFileDevice: BlockDevice {
         let found = lseek(file.number, off_t(truncatingIfNeeded: position), what)
         if found >= 0 { return min(max(UInt64(found), position), limit) }
         switch errno {
-        case ENXIO: return limit  // No data from here to the end of the file.
+        case ENXIO:
+            // No data from here to the end of the file. A file that has shrunk has lost data, not got a hole.
+            if UInt64(clamping: try file.status().st_size) >= limit { return limit }
+            throw BlockError(
+                .inputOutput, "looking for holes at \(position) of \(info.name): it is shorter than when it was opened")
         case EINVAL, EOPNOTSUPP:
             seekRefused.store(true, ordering: .relaxed)
             return unknown
