@@ -72,6 +72,9 @@ let package = Package(
         .testTarget(
             name: "LinuxIOTests", dependencies: ["Block", "CLinux", "LinuxIO", "Support"], cSettings: gnuSource,
             swiftSettings: settings),
+        .testTarget(
+            name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
+            swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )
