@@ -75,6 +75,7 @@ let package = Package(
         .testTarget(
             name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
             swiftSettings: settings),
+        .testTarget(name: "TidyTests", cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )
