@@ -106,7 +106,8 @@ public final class PatternDevice: BlockDevice {
                 position += 1
             }
             while buffer.count - done >= 8 {
-                buffer.storeBytes(of: Self.mix((position >> 3) &+ seed).littleEndian, toByteOffset: done, as: UInt64.self)
+                buffer.storeBytes(
+                    of: Self.mix((position >> 3) &+ seed).littleEndian, toByteOffset: done, as: UInt64.self)
                 done += 8
                 position += 8
             }
