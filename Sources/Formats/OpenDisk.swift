@@ -74,7 +74,7 @@ public func openDisk(_ file: ResolvedFile, _ hint: FormatHint, _ options: Qcow2O
 }
 
 /// One image of a backing chain, opened but not yet a device.
-private struct ChainLayer {
+private struct OpenedImage {
     var file: ResolvedFile
     var header: Qcow2Header
     var dataFile: (any BlockDevice)?
@@ -82,9 +82,9 @@ private struct ChainLayer {
 
 /// Follows the names of backing files from the top down to an image without one, or to a raw disk.
 private func openChain(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: Qcow2Options) throws(BlockError)
-    -> (layers: [ChainLayer], base: (any BlockDevice)?)
+    -> (layers: [OpenedImage], base: (any BlockDevice)?)
 {
-    var layers: [ChainLayer] = []
+    var layers: [OpenedImage] = []
     var seen: Set<String> = []
     var file = top
     while true {
@@ -108,7 +108,7 @@ private func openChain(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: Qc
         }
         let dataFile: (any BlockDevice)? =
             if header.hasDataFile { try sibling(header.dataFileName ?? "", "data file", of: file).device } else { nil }
-        layers.append(ChainLayer(file: file, header: header, dataFile: dataFile))
+        layers.append(OpenedImage(file: file, header: header, dataFile: dataFile))
         guard let backing = header.backingName else { return (layers, nil) }
         let next = try sibling(backing, "backing file", of: file)
         if try backingFormat(header, next, of: name) == .raw { return (layers, next.device) }

@@ -158,7 +158,8 @@ public final class ControlServer: Sendable {
         } catch {
             reply.error = "the request is no JSON object with a command: \(error)"
         }
-        let bytes = (try? JSONEncoder().encode(reply)).map { Array($0) } ?? Array(#"{"error":"encoding the reply"}"#.utf8)
+        let bytes =
+            (try? JSONEncoder().encode(reply)).map { Array($0) } ?? Array(#"{"error":"encoding the reply"}"#.utf8)
         return bytes + [UInt8(ascii: "\n")]
     }
 
@@ -180,7 +181,8 @@ public final class ControlServer: Sendable {
             }
         default:
             throw BlockError(
-                .invalid, "\"\(request.command)\" is no control command: give exports, add, remove, clients or disconnect")
+                .invalid,
+                "\"\(request.command)\" is no control command: give exports, add, remove, clients or disconnect")
         }
         return reply
     }

@@ -34,7 +34,10 @@ public struct ServeRequest: Sendable {
 
 /// Runs a server until it is told to stop.
 public struct ServeService {
+    /// What was asked for, without the exports: only the registry holds them, so that one that is removed is closed.
     private let request: ServeRequest
+    private let firstExport: String
+    private let title: String
     private let registry = ExportRegistry()
     private let stopEvent: Descriptor
 
@@ -42,7 +45,11 @@ public struct ServeService {
     ///
     /// - Throws: `BlockError`: two exports have the same name, or the system has no descriptor left.
     public init(_ request: ServeRequest) throws(BlockError) {
-        self.request = request
+        var rest = request
+        rest.exports = []
+        self.request = rest
+        firstExport = request.exports.first?.name ?? ""
+        title = request.exports.count == 1 ? request.exports[0].info.name : "\(request.exports.count) exports"
         let number = dg_eventfd()
         if number < 0 { throw BlockError(errno: -number, "starting the server") }
         stopEvent = Descriptor(owning: number)
@@ -54,7 +61,6 @@ public struct ServeService {
     /// - Returns: the exit status: 0, or the command's.
     /// - Throws: `BlockError` when it cannot listen or start.
     public func run() throws(BlockError) -> Int32 {
-        let signals = try blockSignals()
         let event = stopEvent
         let exitsWithLast = request.exitsWithLast
         let server = try Server(directory: registry, limits: request.limits, log: request.log) { left, served in
@@ -64,10 +70,13 @@ public struct ServeService {
             server.serve(input: STDIN_FILENO, output: STDOUT_FILENO)
             return 0
         }
+        let signals = try blockSignals()
         var cleanUp: [String] = []
-        defer { for path in cleanUp { unlink(path) } }
         var privateDirectory: String?
-        defer { if let privateDirectory { rmdir(privateDirectory) } }
+        defer {
+            for path in cleanUp { unlink(path) }
+            if let privateDirectory { rmdir(privateDirectory) }
+        }
         let inherited = ServiceManager.inheritedSockets()
         var addresses = inherited.isEmpty ? request.listen : []
         if inherited.isEmpty && addresses.isEmpty, request.command != nil {
@@ -86,7 +95,7 @@ public struct ServeService {
         if case .unix(let path)? = request.control { cleanUp.append(path) }
         try server.accept(on: sockets)
         for socket in sockets {
-            request.log.notice("serving \(request.exports.count) export(s) on \(uri(socket.address, export: nil))")
+            request.log.notice("serving \(title) at \(uri(socket.address, export: nil))")
         }
         dg_forget_startup_pages()
         ServiceManager.notify("READY=1")
@@ -117,8 +126,7 @@ public struct ServeService {
 
     private func startCommand(_ sockets: [ListeningSocket]) throws(BlockError) -> pid_t? {
         guard let command = request.command else { return nil }
-        let export = request.exports.first?.name ?? ""
-        var environment = [("uri", uri(sockets[0].address, export: export)), ("exportname", export)]
+        var environment = [("uri", uri(sockets[0].address, export: firstExport)), ("exportname", firstExport)]
         switch sockets[0].address {
         case .unix(let path): environment += [("unixsocket", path), ("nbd", "nbd:unix:\(path)")]
         case .tcp(let host, let port): environment += [("port", String(port)), ("nbd", "nbd:\(host):\(port)")]

@@ -40,12 +40,13 @@ public struct DiskSpecification: Sendable {
     /// A source as it is, read-only.
     public init(_ source: SourceReference) { self.source = source }
 
-    /// Opens the source and lays over it, from below: faults, offset and length, partition, size, overlay.
+    /// Opens the source and lays over it, from below: faults, partition, offset and length, size, overlay.
     ///
     /// - Throws: `BlockError` of whatever could not be opened.
     public func open() throws(BlockError) -> any BlockDevice {
         var device = try source.open(writable: access == .writable, imageDirectories: imageDirectories)
         if !faults.isEmpty { device = FaultDevice(device, plan: FaultPlan(faults)) }
+        if let partition { device = try openPartition(partition, of: device) }
         if offset > 0 || length != nil {
             let size = device.info.size
             let (end, overflow) = offset.addingReportingOverflow(length ?? (size > offset ? size - offset : 0))
@@ -54,7 +55,6 @@ public struct DiskSpecification: Sendable {
             }
             device = try SliceDevice(device, range: offset..<end, label: "from \(offset)")
         }
-        if let partition { device = try openPartition(partition, of: device) }
         if let size { device = try ResizedDevice(device, size: size) }
         if let roundedTo { device = try ResizedDevice(device, roundedUpTo: roundedTo) }
         if access == .overlay {

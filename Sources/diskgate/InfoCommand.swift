@@ -44,7 +44,8 @@ struct InfoCommand: ParsableCommand {
                     name: info.name, format: info.format, size: info.size, minimumBlock: info.minimumBlock,
                     preferredBlock: info.preferredBlock, rotational: info.isRotational,
                     dirtyBitmaps: info.dirtyBitmaps,
-                    identity: Dictionary(info.identity.map { ($0.key, $0.value) }, uniquingKeysWith: { first, _ in first }),
+                    identity: Dictionary(
+                        info.identity.map { ($0.key, $0.value) }, uniquingKeysWith: { first, _ in first }),
                     partitionTable: table?.scheme.rawValue,
                     partitions: (table?.partitions ?? []).map {
                         PartitionReport(
@@ -81,10 +82,13 @@ func readable(_ bytes: UInt64) -> String {
         unit += 1
     }
     let tenths = Int((value * 10).rounded())
-    return unit == 0 || tenths % 10 == 0 ? "\(tenths / 10) \(units[unit])" : "\(tenths / 10).\(tenths % 10) \(units[unit])"
+    return unit == 0 || tenths % 10 == 0
+        ? "\(tenths / 10) \(units[unit])" : "\(tenths / 10).\(tenths % 10) \(units[unit])"
 }
 
 extension String {
     func padded(_ width: Int) -> String { count >= width ? self : self + String(repeating: " ", count: width - count) }
-    func paddedLeft(_ width: Int) -> String { count >= width ? self : String(repeating: " ", count: width - count) + self }
+    func paddedLeft(_ width: Int) -> String {
+        count >= width ? self : String(repeating: " ", count: width - count) + self
+    }
 }

@@ -23,61 +23,72 @@ private func threadCount(_ name: String) -> Int {
 }
 
 @Suite struct LaneTests {
-    /// More jobs than threads, more than the queue compacts at, some of which wait for others.
+    /// More jobs than threads, and more than the queue compacts at.
     @Test func everyJobRunsOnce() throws {
         let count = 5000
         let ran = Locked([Int](repeating: 0, count: count))
         let left = Locked(count)
         let done = try Gate()
+        let lanes = Lanes()
         for job in 0..<count {
-            Lanes.shared.submit {
+            lanes.submit {
                 ran.withLock { $0[job] += 1 }
-                if left.withLock({
-                    $0 -= 1; return $0
-                }) == 0 {
-                    done.open()
-                }
+                if left.withLock({ $0 -= 1; return $0 }) == 0 { done.open() }
             }
         }
         done.wait()
         #expect(ran.withLock { $0.allSatisfy { $0 == 1 } })
-        #expect(threadCount("lane") <= Lanes.threadsMax)
     }
 
-    /// Jobs that block do not keep others waiting as long as there are fewer of them than threads.
-    @Test func blockedJobsDoNotBlockOthers() throws {
-        let blocked = 10
-        let gate = try Gate()
-        let finished = try Gate()
-        let left = Locked(blocked)
-        for _ in 0..<blocked {
-            Lanes.shared.submit {
-                gate.wait()
-                gate.open()
-                if left.withLock({
-                    $0 -= 1; return $0
-                }) == 0 {
-                    finished.open()
+    /// Jobs that block do not keep others waiting as long as there are fewer of them than threads; and there are never
+    /// more threads than the most.
+    @Test func blockedJobsTakeAThreadEach() throws {
+        let lanes = Lanes()
+        let (arrived, gate, finished) = (try Gate(), try Gate(), try Gate())
+        let running = Locked((now: 0, most: 0))
+        let count = Lanes.threadsMax + 5
+        let left = Locked(count)
+        for _ in 0..<count {
+            lanes.submit {
+                running.withLock {
+                    $0.now += 1
+                    $0.most = max($0.most, $0.now)
                 }
+                arrived.open()
+                gate.wait()
+                running.withLock { $0.now -= 1 }
+                if left.withLock({ $0 -= 1; return $0 }) == 0 { finished.open() }
             }
         }
-        let other = try Gate()
-        Lanes.shared.submit { other.open() }
-        other.wait()
-        #expect(left.withLock { $0 } == blocked)
-        gate.open()
+        for _ in 0..<Lanes.threadsMax { arrived.wait() }
+        #expect(running.withLock { $0.now } == Lanes.threadsMax)
+        for _ in 0..<count { gate.open() }
         finished.wait()
+        #expect(running.withLock { $0.most } == Lanes.threadsMax)
     }
 
-    /// Waits for what must come: the threads end some seconds after their last job.
-    @Test(.timeLimit(.minutes(1))) func idleThreadsEnd() throws {
-        let done = try Gate()
-        Lanes.shared.submit { done.open() }
-        done.wait()
-        while threadCount("lane") > 0 { usleep(50_000) }
-        let again = try Gate()
-        Lanes.shared.submit { again.open() }
-        again.wait()
+    /// The threads keep their lanes; so lanes that are gone have none. Idle threads end some seconds after their last
+    /// job, those of retired lanes at once.
+    @Test(.timeLimit(.minutes(1)), arguments: [false, true])
+    func idleThreadsEnd(retired: Bool) throws {
+        weak var ended: Lanes?
+        do {
+            let lanes = Lanes()
+            ended = lanes
+            let done = try Gate()
+            let left = Locked(3)
+            for _ in 0..<3 {
+                lanes.submit { if left.withLock({ $0 -= 1; return $0 }) == 0 { done.open() } }
+            }
+            done.wait()
+            if retired {
+                lanes.retire()
+                // What is submitted now still runs.
+                lanes.submit { done.open() }
+                done.wait()
+            }
+        }
+        while ended != nil { usleep(10_000) }
     }
 
     @Test func threadsCarryTheirName() throws {

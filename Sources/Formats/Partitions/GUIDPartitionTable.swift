@@ -19,7 +19,7 @@ enum GUIDPartitionTable {
     ///
     /// - Parameter isAnnounced: whether an MBR says that there is one.
     /// - Returns: nil when there is none.
-    /// - Throws: `.corrupt` when there should be one and no copy is right, or what reading throws.
+    /// - Throws: `.corrupt` when an MBR announces one and no copy is right, or what reading throws.
     static func read(from device: any BlockDevice, isAnnounced: Bool) throws(BlockError) -> PartitionTable? {
         let size = device.info.size
         var isThere = false
@@ -35,6 +35,8 @@ enum GUIDPartitionTable {
                 return try table(backup, device, sectorSize, warnings: [warning])
             }
         }
+        // Without an MBR that says so, what looks like a header may be anything.
+        if !isAnnounced { return nil }
         throw BlockError(
             .corrupt,
             "reading the partition table of \(device.info.name): neither its GPT nor the backup at the disk's end is "

@@ -17,8 +17,8 @@ public struct Qcow2Options: Sendable {
 /// Its map consists of the places that the device it lies in gives for the host ranges of its clusters, so clusters in
 /// a plain file are served like a plain file. Compressed clusters come from a source that decompresses them.
 public final class Qcow2Device: BlockDevice {
-    /// The longest backing chain, this image included. Maps go down the chain by calling each other; at this length
-    /// they need a fraction of a connection thread's stack even in debug builds.
+    /// The longest backing chain, this image included: more than half a year of daily restore points. A map may have to
+    /// look into each image, and each may keep 4 MiB of tables.
     public static let chainLengthMax = 200
 
     /// The disk in the image: its own size, the file's name.
@@ -28,13 +28,14 @@ public final class Qcow2Device: BlockDevice {
     /// The disk below, which has what this image does not; nil at the end of a chain.
     public let backing: (any BlockDevice)?
     /// Images in the chain, this one included; a raw disk at the end is not counted.
-    public let chainLength: Int
+    public var chainLength: Int { chain.count }
     /// The image's own dirty bitmaps, also those that cannot be served.
     public let bitmaps: [Qcow2Bitmap]
     private let image: Qcow2Image
-    private let backingSize: UInt64
-    private let backingImage: Qcow2Device?
     private let compressed: SourceHandle
+    private let chain: Qcow2Chain
+    /// What is below the last image of the chain.
+    private let base: (any BlockDevice)?
     private let served: [Qcow2Bitmap]
 
     /// Opens an image that lies in a device.
@@ -62,9 +63,8 @@ public final class Qcow2Device: BlockDevice {
             throw BlockError(
                 .notFound, "opening \(file.name): its data file \"\(header.dataFileName ?? "")\" is not open")
         }
-        backingImage = backing as? Qcow2Device
-        chainLength = 1 + (backingImage?.chainLength ?? 0)
-        if chainLength > Self.chainLengthMax {
+        let backingImage = backing as? Qcow2Device
+        if backingImage?.chainLength ?? 0 >= Self.chainLengthMax {
             throw BlockError(
                 .tooLarge,
                 "opening \(file.name): its backing chain is longer than \(Self.chainLengthMax) images; shorten it with "
@@ -73,8 +73,15 @@ public final class Qcow2Device: BlockDevice {
         image = try Qcow2Image(
             lower, header, dataFile: header.hasDataFile ? dataFile : nil, cacheBytes: options.cacheBytes)
         self.backing = backing
-        backingSize = backing?.info.size ?? 0
         compressed = SourceHandle(Qcow2Decompressor(image))
+        let layer = ChainLayer(image, compressed: compressed.reference, backing: backing)
+        if let backingImage {
+            chain = Qcow2Chain(layer, above: backingImage.chain)
+            base = backingImage.base
+        } else {
+            chain = Qcow2Chain(layer)
+            base = backing
+        }
         bitmaps = try Qcow2Bitmap.directory(of: image)
         served = bitmaps.filter { $0.problem == nil }
         var info = DeviceInfo(size: header.size, format: "qcow2", name: file.name)
@@ -89,9 +96,10 @@ public final class Qcow2Device: BlockDevice {
     /// Moves when any file below is changed through this process.
     public var mapVersion: UInt64 {
         // Each part only grows, so the sum changes when any of them does.
-        var version = image.lower.mapVersion
-        if image.header.hasDataFile { version &+= image.data.mapVersion }
-        if let backing { version &+= backing.mapVersion }
+        var version = base?.mapVersion ?? 0
+        for layer in 0..<chain.count {
+            version &+= chain.layers[layer].withImage { $0.mapVersion }
+        }
         return version
     }
 
@@ -99,45 +107,41 @@ public final class Qcow2Device: BlockDevice {
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64
     {
-        var position = range.lowerBound
-        while position < range.upperBound {
-            let run: ClusterRun
-            do throws(BlockError) {
-                let found = try image.run(at: position, limit: range.upperBound, patience)
-                guard let found else { return position }
-                run = found
-            } catch {
-                // What lies before the fault can be read; whoever asks for the rest is told.
-                if position > range.lowerBound { return position }
-                throw error
-            }
-            let runEnd = position &+ run.length
-            let end: UInt64
+        var missing = 0
+        return try chain.forEachRun(range, patience, missing: &missing) {
+            (run, position, layer) throws(BlockError) -> UInt64 in
+            let end = position &+ run.length
             switch run.kind {
             case .data:
                 let host = run.host..<(run.host &+ run.length)
-                end = position &+ (try image.data.map(host, patience, into: &extents) &- run.host)
-            case .unallocated:
-                end = try mapBacking(position..<runEnd, patience, into: &extents)
-            case .zeroPlain: end = extents.append(run.length, .zeros(allocated: false)) ? runEnd : position
-            case .zeroAllocated: end = extents.append(run.length, .zeros(allocated: true)) ? runEnd : position
+                let mapped = try chain.layers[layer].withImage { image throws(BlockError) in
+                    try image.data.map(host, patience, into: &extents)
+                }
+                return position &+ (mapped &- run.host)
+            case .unallocated: return try mapBase(position..<end, layer, patience, into: &extents)
+            case .zeroPlain: return extents.append(run.length, .zeros(allocated: false)) ? end : position
+            case .zeroAllocated: return extents.append(run.length, .zeros(allocated: true)) ? end : position
             case .compressed, .corrupt:
-                let place = Place.source(compressed.reference, offset: position)
-                end = extents.append(run.length, place) ? runEnd : position
+                let place = Place.source(chain.layers[layer].compressed, offset: position)
+                return extents.append(run.length, place) ? end : position
             }
-            if end < runEnd { return end }
-            position = runEnd
         }
-        return position
     }
 
-    private func mapBacking(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList)
-        throws(BlockError) -> UInt64
-    {
+    /// The part of a range that is in the base; the walk ends in the last layer only there, otherwise where a backing
+    /// image ends before its overlay.
+    private func inBase(_ range: Range<UInt64>, _ layer: Int) -> Range<UInt64>? {
+        let size = chain.layers[layer].backingSize
+        guard layer == chain.count &- 1, range.lowerBound < size else { return nil }
+        return range.lowerBound..<min(range.upperBound, size)
+    }
+
+    private func mapBase(
+        _ range: Range<UInt64>, _ layer: Int, _ patience: Patience, into extents: inout ExtentList
+    ) throws(BlockError) -> UInt64 {
         var position = range.lowerBound
-        if let backing, position < backingSize {
-            let part = position..<min(range.upperBound, backingSize)
-            position = try backing.map(part, patience, into: &extents)
+        if let base, let part = inBase(range, layer) {
+            position = try base.map(part, patience, into: &extents)
             if position < part.upperBound { return position }
         }
         let added = extents.append(range.upperBound &- position, .zeros(allocated: false))
@@ -146,17 +150,19 @@ public final class Qcow2Device: BlockDevice {
 
     /// Starts reading the clusters of a range, or the table that maps them where it is not in memory.
     public func prefetch(_ range: Range<UInt64>) {
-        var position = range.lowerBound
-        while position < range.upperBound {
-            let found = try? image.run(at: position, limit: range.upperBound, .resident)
-            guard let run = found else { return image.prefetchTable(at: position) }
+        var missing = -1
+        let end = try? chain.forEachRun(range, .resident, missing: &missing) {
+            (run, position, layer) throws(BlockError) -> UInt64 in
             let end = position &+ run.length
-            if run.kind == .data { image.data.prefetch(run.host..<(run.host &+ run.length)) }
-            if run.kind == .unallocated, let backing, position < backingSize {
-                backing.prefetch(position..<min(end, backingSize))
+            if run.kind == .data {
+                let host = run.host..<(run.host &+ run.length)
+                chain.layers[layer].withImage { $0.data.prefetch(host) }
             }
-            position = end
+            if run.kind == .unallocated, let part = inBase(position..<end, layer) { base?.prefetch(part) }
+            return end
         }
+        guard let end, missing >= 0 else { return }
+        chain.layers[missing].withImage { $0.prefetchTable(at: end) }
     }
 }
 
@@ -171,94 +177,55 @@ extension Qcow2Device {
     public func status(_ context: StatusContext, of range: Range<UInt64>, into list: inout StatusList)
         throws(BlockError) -> UInt64
     {
-        switch context {
-        case .allocation:
-            return try forEachRun(range) { (part, run) throws(BlockError) in
-                try allocation(of: part, run, into: &list)
-            }
-        case .depth: return try depth(of: range, level: 1, into: &list)
-        case .dirtyBitmap(let index):
+        if case .dirtyBitmap(let index) = context {
             guard served.indices.contains(index) else {
                 throw BlockError(.invalid, "asking \(info.name) for its dirty bitmap \(index): it has no such bitmap")
             }
             return try served[index].status(in: image, of: range, into: &list)
         }
-    }
-
-    /// Calls the body for each run, until it takes less than a whole run.
-    ///
-    /// - Returns: the end of what the body took.
-    private func forEachRun(_ range: Range<UInt64>, _ body: (Range<UInt64>, ClusterRun) throws(BlockError) -> UInt64)
-        throws(BlockError) -> UInt64
-    {
-        var position = range.lowerBound
-        while position < range.upperBound {
-            let run: ClusterRun
-            do throws(BlockError) {
-                let found = try image.run(at: position, limit: range.upperBound, .blocking)
-                guard let found else { return position }
-                run = found
-            } catch {
-                if position > range.lowerBound { return position }
-                throw error
-            }
-            let end = position + run.length
-            let done = try body(position..<end, run)
-            if done < end { return done }
-            position = end
+        var missing = 0
+        return try chain.forEachRun(range, .blocking, missing: &missing) {
+            (run, position, layer) throws(BlockError) -> UInt64 in
+            let part = position..<(position + run.length)
+            if run.kind == .unallocated { return try baseStatus(context, of: part, layer, into: &list) }
+            if context == .depth { return list.append(run.length, UInt32(layer + 1)) ? part.upperBound : position }
+            return try allocation(of: part, run, layer, into: &list)
         }
-        return position
     }
 
-    private func allocation(of range: Range<UInt64>, _ run: ClusterRun, into list: inout StatusList)
+    private func allocation(of range: Range<UInt64>, _ run: ClusterRun, _ layer: Int, into list: inout StatusList)
         throws(BlockError) -> UInt64
     {
-        let hole = AllocationFlags.hole | AllocationFlags.zero
+        let flags: UInt32
         switch run.kind {
         case .data where run.length >= Self.dataLookedAtMin:
+            let data = chain.layers[layer].withImage { $0.data }
             return try Self.translated(
-                .allocation, of: image.data, run.host..<(run.host + run.length), to: range.lowerBound, into: &list
+                .allocation, of: data, run.host..<(run.host + run.length), to: range.lowerBound, into: &list
             ) { $0 & AllocationFlags.zero }
-        case .data, .compressed, .corrupt:
-            return list.append(run.length, AllocationFlags.data) ? range.upperBound : range.lowerBound
-        case .zeroAllocated:
-            return list.append(run.length, AllocationFlags.zero) ? range.upperBound : range.lowerBound
-        case .zeroPlain: return list.append(run.length, hole) ? range.upperBound : range.lowerBound
-        case .unallocated:
-            var position = range.lowerBound
-            if let backing, position < backingSize {
-                let part = position..<min(range.upperBound, backingSize)
-                position = try backing.status(.allocation, of: part, into: &list)
-                if position < part.upperBound { return position }
-            }
-            return list.append(range.upperBound - position, hole) ? range.upperBound : position
+        case .data, .compressed, .corrupt: flags = AllocationFlags.data
+        case .zeroAllocated: flags = AllocationFlags.zero
+        case .zeroPlain, .unallocated: flags = AllocationFlags.hole | AllocationFlags.zero
         }
+        return list.append(run.length, flags) ? range.upperBound : range.lowerBound
     }
 
-    /// Depths, this image being `level`. Where a backing file ends before its overlay, the zeros that follow count as
-    /// the backing file's, as they do in qemu.
-    private func depth(of range: Range<UInt64>, level: UInt32, into list: inout StatusList) throws(BlockError)
-        -> UInt64
-    {
-        try forEachRun(range) { (part, run) throws(BlockError) in
-            var position = part.lowerBound
-            guard run.kind == .unallocated, let backing else {
-                let value = run.kind == .unallocated ? 0 : level
-                return list.append(run.length, value) ? part.upperBound : position
+    /// What is said of a range that no image has: what the base says, then zeros. Where a backing file ends before its
+    /// overlay, the zeros that follow count as the backing file's layer, as they do in qemu.
+    private func baseStatus(
+        _ context: StatusContext, of range: Range<UInt64>, _ layer: Int, into list: inout StatusList
+    ) throws(BlockError) -> UInt64 {
+        let above = UInt32(layer + 1)
+        var position = range.lowerBound
+        if let base, let part = inBase(range, layer) {
+            position = try Self.translated(context, of: base, part, to: position, into: &list) { value in
+                context == .depth ? (value == 0 ? 0 : value + above) : value
             }
-            if position < backingSize {
-                let inside = position..<min(part.upperBound, backingSize)
-                if let backingImage {
-                    position = try backingImage.depth(of: inside, level: level + 1, into: &list)
-                } else {
-                    position = try Self.translated(.depth, of: backing, inside, to: position, into: &list) {
-                        $0 == 0 ? 0 : $0 + level
-                    }
-                }
-                if position < inside.upperBound { return position }
-            }
-            return list.append(part.upperBound - position, level + 1) ? part.upperBound : position
+            if position < part.upperBound { return position }
         }
+        let depth = chain.layers[layer].hasBacking ? above + 1 : 0
+        let value = context == .depth ? depth : AllocationFlags.hole | AllocationFlags.zero
+        return list.append(range.upperBound - position, value) ? range.upperBound : position
     }
 
     /// Appends what another device says of a range, with its values changed.

@@ -49,6 +49,9 @@ final class Qcow2Image: @unchecked Sendable {
 
     deinit { l1.deallocate() }
 
+    /// The version of the maps of the files below.
+    var mapVersion: UInt64 { header.hasDataFile ? lower.mapVersion &+ data.mapVersion : lower.mapVersion }
+
     /// The run of clusters that starts at a guest offset; at least one byte, at most up to `limit`.
     ///
     /// - Parameter limit: greater than `position`, at most the disk's size.

@@ -41,6 +41,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     var ringReads = 0
     var laneJobs = 0
     var port: CompletionPort?
+    let lanes = Lanes()
     var isSocketPollArmed = false
     var isPortPollArmed = false
 

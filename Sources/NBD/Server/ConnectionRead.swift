@@ -126,7 +126,8 @@ extension Connection where Link: ~Copyable {
             if sent < count {
                 padChunk(count - sent)
                 let error = BlockError(
-                    .inputOutput, "reading \(count - sent) bytes at \(state.position + UInt64(sent)) of "
+                    .inputOutput,
+                    "reading \(count - sent) bytes at \(state.position + UInt64(sent)) of "
                         + "\(export.info.name): the file failed, or ends earlier than when it was opened")
                 failPart(state, error, at: state.position + UInt64(sent), done: false)
             }

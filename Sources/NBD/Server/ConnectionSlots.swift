@@ -101,7 +101,7 @@ extension Connection where Link: ~Copyable {
             return finish(finished)
         }
         laneJobs += 1
-        Lanes.shared.submit {
+        lanes.submit {
             do throws(BlockError) {
                 port.finish(CompletionPort.Finished(slot: slot, error: nil, reply: try work()))
             } catch {
@@ -271,6 +271,7 @@ extension Connection where Link: ~Copyable {
     /// Waits until nothing is in flight, so that slots and the device may go.
     mutating func drain() {
         while inFlight > 0 { takeFinished(waiting: true, wantsInput: false) }
+        lanes.retire()
         if isAlive { flush() }
     }
 }
