@@ -33,7 +33,11 @@ private func threadCount(_ name: String) -> Int {
         for job in 0..<count {
             lanes.submit {
                 ran.withLock { $0[job] += 1 }
-                if left.withLock({ $0 -= 1; return $0 }) == 0 { done.open() }
+                if left.withLock({
+                    $0 -= 1; return $0
+                }) == 0 {
+                    done.open()
+                }
             }
         }
         done.wait()
@@ -57,7 +61,11 @@ private func threadCount(_ name: String) -> Int {
                 arrived.open()
                 gate.wait()
                 running.withLock { $0.now -= 1 }
-                if left.withLock({ $0 -= 1; return $0 }) == 0 { finished.open() }
+                if left.withLock({
+                    $0 -= 1; return $0
+                }) == 0 {
+                    finished.open()
+                }
             }
         }
         for _ in 0..<Lanes.threadsMax { arrived.wait() }
@@ -78,7 +86,13 @@ private func threadCount(_ name: String) -> Int {
             let done = try Gate()
             let left = Locked(3)
             for _ in 0..<3 {
-                lanes.submit { if left.withLock({ $0 -= 1; return $0 }) == 0 { done.open() } }
+                lanes.submit {
+                    if left.withLock({
+                        $0 -= 1; return $0
+                    }) == 0 {
+                        done.open()
+                    }
+                }
             }
             done.wait()
             if retired {
