@@ -75,7 +75,8 @@ extension TestClient {
             guard let header = (magic + (try receive(size - 4))).withUnsafeBytes({ ReplyHeader($0) }) else {
                 throw Violation("a reply's header is malformed")
             }
-            guard var partial = pending[header.cookie] else {
+            // Taken out, so that its bytes are changed in place.
+            guard var partial = pending.removeValue(forKey: header.cookie) else {
                 throw Violation("a reply to \(header.cookie), which nobody asked or which was answered before")
             }
             let isDone: Bool
@@ -87,10 +88,7 @@ extension TestClient {
                 try receiveChunk(header, &partial)
                 isDone = header.flags == NBD.Chunk.flagDone
             }
-            if isDone {
-                pending[header.cookie] = nil
-                return (header.cookie, try partial.finished())
-            }
+            if isDone { return (header.cookie, try partial.finished()) }
             pending[header.cookie] = partial
         }
     }
