@@ -54,6 +54,8 @@ let package = Package(
             name: "NBDTests",
             dependencies: ["Block", "CLinux", "LinuxIO", "NBD", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "EndToEnd", dependencies: ["CLinux"], cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )
