@@ -68,7 +68,7 @@ public struct PartitionTable: Sendable {
             let numbers = partitions.map { String($0.number) }.joined(separator: ", ")
             throw BlockError(
                 .notFound,
-                "choosing partition \(number): there is no such partition (\(numbers.isEmpty ? "none at all" : numbers))"
+                "choosing partition \(number): there is none (there are: \(numbers.isEmpty ? "none at all" : numbers))"
             )
         }
         if let problem = found.problem {
