@@ -103,7 +103,7 @@ private func openChain(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: Qc
             throw BlockError(
                 .denied,
                 "opening \(name): it looks like a qcow2 image that refers to \"\(other)\", but its name does not say "
-                    + "so, and a guest may have written what it looks like; add format=qcow2 if it is one, else format=raw"
+                    + "so, and a guest may have written that; add format=qcow2 if it is one, or format=raw"
             )
         }
         let dataFile: (any BlockDevice)? =
