@@ -76,6 +76,8 @@ let package = Package(
             name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
             swiftSettings: settings),
         .testTarget(name: "TidyTests", cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "EndToEnd", dependencies: ["CLinux"], cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )

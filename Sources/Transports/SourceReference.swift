@@ -75,10 +75,12 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         var parameters: [(String, String)] = []
         for item in query.split(separator: "&") {
             let parts = item.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
-            guard parts.count == 2, let key = decoded(parts[0]), let value = decoded(parts[1]) else {
-                throw BlockError(.invalid, "opening \(text): \(item) is no KEY=VALUE")
-            }
-            parameters.append((key, value))
+            // A last % begins no %XX: people write shares as 30%, without thinking of the URI around them.
+            let isShare = parts.count == 2 && parts[1].last == "%"
+            guard parts.count == 2, let key = decoded(parts[0]),
+                let value = decoded(isShare ? parts[1].dropLast() : parts[1])
+            else { throw BlockError(.invalid, "opening \(text): \(item) is no KEY=VALUE") }
+            parameters.append((key, isShare ? value + "%" : value))
         }
         return parameters
     }

@@ -217,6 +217,10 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         if output.count - outputCount < count { flush() }
     }
 
+    /// What `appendHeader` makes room for: a header and the fixed fields behind it. Whoever puts bytes where they will
+    /// be behind a header reserves so much more, or making room for the header moves it away from them.
+    var headerRoom: Int { mode.replySize + 64 }
+
     /// The free part of the output.
     @inline(__always)
     var free: UnsafeMutableRawBufferPointer { UnsafeMutableRawBufferPointer(rebasing: output[outputCount...]) }
@@ -245,7 +249,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     /// Appends a chunk's header; what `length` promises must follow.
     @inline(__always)
     mutating func appendHeader(_ type: UInt16, done: Bool, cookie: UInt64, offset: UInt64, length: Int) {
-        reserve(mode.replySize + 64)
+        reserve(headerRoom)
         ReplyHeader(
             flags: done ? NBD.Chunk.flagDone : 0, type: type, cookie: cookie, offset: offset, length: UInt64(length)
         ).store(mode, into: free)
@@ -303,7 +307,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     ) {
         let text = Self.cut(error.message)
         let hasOffset = type == NBD.Chunk.errorOffset
-        reserve(mode.replySize + 64 + text.count)
+        reserve(headerRoom + text.count)
         appendHeader(
             type, done: done, cookie: cookie, offset: requestOffset, length: 6 + text.count + (hasOffset ? 8 : 0))
         append(error.kind.errorValue)

@@ -164,7 +164,7 @@ extension Connection where Link: ~Copyable {
         while offset < end && isAlive {
             var count = Int(min(end - offset, UInt64(Self.pieceMax)))
             if file.traits.contains(.tryable) {
-                reserve(headerSize + count)
+                reserve(headerRoom + count)
                 let start = outputCount + headerSize
                 let target = UnsafeMutableRawBufferPointer(rebasing: output[start..<(start + count)])
                 let got = file.tryRead(into: target, at: offset)
@@ -198,7 +198,7 @@ extension Connection where Link: ~Copyable {
         while offset < end && isAlive {
             let count = Int(min(end - offset, UInt64(Self.pieceMax)))
             if source.isPrompt {
-                reserve(headerSize + count)
+                reserve(headerRoom + count)
                 let start = outputCount + headerSize
                 try source.read(
                     into: UnsafeMutableRawBufferPointer(rebasing: output[start..<(start + count)]), at: offset)
@@ -341,7 +341,7 @@ extension Connection where Link: ~Copyable {
         -> Inline
     {
         let headerSize = mode == .simple ? 16 : mode.replySize + 8
-        reserve(headerSize + count)
+        reserve(headerRoom + count)
         let version = device.mapVersion
         extents.removeAll()
         guard try device.map(range, .resident, into: &extents) == range.upperBound else { return .blocked }

@@ -211,7 +211,8 @@ extension Connection where Link: ~Copyable {
         } else if finished.reply.isEmpty {
             replyDone(cookie: slot.cookie, offset: slot.requestOffset)
             counts.writes += 1
-            counts.bytesWritten += slot.requestLength
+            // A trim or zeroing may be as long as the largest disk, so a few in one turn pass 2^64.
+            counts.bytesWritten &+= slot.requestLength
         } else {
             finished.reply.withUnsafeBytes { sendOut($0) }
         }

@@ -4,9 +4,11 @@ public import Block
 /// A disk that holds nothing and says of itself what the fuzzer's exports need.
 public final class StubDevice: BlockDevice {
     public let info: DeviceInfo
+    private let run: UInt64
 
-    /// A disk with an allocation that changes every 4 KiB, and with dirty bitmaps of these names.
-    public init(size: UInt64, isReadOnly: Bool, bitmaps: [String] = []) {
+    /// A disk with an allocation that changes every `run` bytes, a power of two, and with dirty bitmaps of these names.
+    public init(size: UInt64, run: UInt64 = 4096, isReadOnly: Bool, bitmaps: [String] = []) {
+        self.run = run
         var info = DeviceInfo(size: size, format: "stub", name: "stub:\(size)")
         info.isReadOnly = isReadOnly
         info.canZeroFast = !isReadOnly
@@ -17,9 +19,9 @@ public final class StubDevice: BlockDevice {
         self.info = info
     }
 
-    /// Where the 4 KiB block at an offset ends within a range.
-    private func blockEnd(_ position: UInt64, _ range: Range<UInt64>) -> UInt64 {
-        min((position | 4095) + 1, range.upperBound)
+    /// Where the run at an offset ends within a range.
+    private func runEnd(_ position: UInt64, _ range: Range<UInt64>) -> UInt64 {
+        min((position | (run - 1)) + 1, range.upperBound)
     }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
@@ -27,8 +29,10 @@ public final class StubDevice: BlockDevice {
     {
         var position = range.lowerBound
         while position < range.upperBound {
-            let end = blockEnd(position, range)
-            if !extents.append(end - position, .zeros(allocated: position & 4096 != 0)) { break }
+            // Every fourth MiB plays a device whose metadata is not in memory.
+            if patience == .resident && position >> 20 & 3 == 3 { break }
+            let end = runEnd(position, range)
+            if !extents.append(end - position, .zeros(allocated: position & run != 0)) { break }
             position = end
         }
         return position
@@ -39,8 +43,8 @@ public final class StubDevice: BlockDevice {
     {
         var position = range.lowerBound
         while position < range.upperBound {
-            let end = blockEnd(position, range)
-            if !list.append(end - position, position & 4096 != 0 ? 1 : 0) { break }
+            let end = runEnd(position, range)
+            if !list.append(end - position, position & run != 0 ? 1 : 0) { break }
             position = end
         }
         return position

@@ -30,7 +30,8 @@ struct PartitionsFuzz {
         for partition in table.partitions {
             require(numbers.insert(partition.number).inserted, "two partitions \(partition.number)")
             let slice = try? table.open(partition.number, of: disk)
-            require((slice != nil) == (partition.problem == nil), "partition \(partition.number) opens against its word")
+            require(
+                (slice != nil) == (partition.problem == nil), "partition \(partition.number) opens against its word")
             guard let slice else { continue }
             require(partition.range.upperBound <= disk.info.size, "partition \(partition.number) ends past the disk")
             require(slice.info.size == partition.range.count64, "partition \(partition.number) has another size")
@@ -52,8 +53,8 @@ struct PartitionsFuzz {
             }
             // The entries of the first copy where it says; those of the backup in the sector before it.
             let entries = header == sectorSize ? field(72) * sectorSize : header - sectorSize
-            let length = field(80) * field(84)
-            if entries >= 0, length <= bytes.count, entries + length <= bytes.count {
+            let (length, isTooLong) = field(80).multipliedReportingOverflow(by: field(84))
+            if entries >= 0, !isTooLong, length <= bytes.count, entries + length <= bytes.count {
                 put(checksum(bytes[entries..<(entries + length)]), at: header + 88, of: &bytes)
             }
             let headerLength = field(12)

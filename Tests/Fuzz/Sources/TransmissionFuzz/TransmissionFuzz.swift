@@ -49,7 +49,8 @@ struct Shape {
         hasContexts = bits & 4 != 0 && mode != .simple
         usesPipes = bits & 0x10 != 0
         sendsPieces = bits & 0x20 != 0
-        readBudget = bits & 0x40 != 0 ? 66 << 20 : 2 << 20
+        // Long reads are slow, so few inputs get to make them.
+        readBudget = [600 << 10, 2 << 20, 600 << 10, 66 << 20][Int(bits >> 6)]
         let chosen = choices.pick(exports)
         // Scripts keep to their budget; raw bytes do not know it, so they get small disks.
         isRaw = bits & 8 != 0 && chosen.info.size <= 4 << 20
