@@ -67,8 +67,8 @@ struct ServeCommand: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "Inject a fault, for tests: KIND[@START-END][%PERCENT], KIND read-error, write-error, no-space, flush-error "
-                + "or corruption; END is not included. May be repeated.",
+            "Inject a fault, for tests: KIND[@START-END][%PERCENT], KIND read-error, write-error, no-space, "
+                + "flush-error or corruption; END is not included. May be repeated.",
             valueName: "fault"))
     var fault: [String] = []
 
@@ -93,8 +93,8 @@ struct ServeCommand: ParsableCommand {
     @Option(
         name: .customLong("run"),
         help: ArgumentHelp(
-            "Run a shell command with $uri, $unixsocket or $port, and $exportname set; stop when it ends, with its exit "
-                + "status. Without --listen on a private Unix socket.",
+            "Run a shell command with $uri, $unixsocket or $port, and $exportname set; stop when it ends, with its "
+                + "exit status. Without --listen on a private Unix socket.",
             valueName: "command"))
     var command: String?
 
@@ -189,8 +189,8 @@ struct ServeCommand: ParsableCommand {
         if tls == nil, let open = addresses.first(where: { !$0.isLocal }) {
             throw BlockError(
                 .denied,
-                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is meant"
-            )
+                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is "
+                    + "meant")
         }
         return addresses
     }
