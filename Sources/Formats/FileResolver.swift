@@ -41,6 +41,6 @@ func checkSiblingName(_ name: String, _ role: String, of image: String) throws(B
     throw BlockError(
         .unsupported,
         "opening \(image): its \(role) \"\(name)\" is named by protocol (\(beforeSlash[..<colon]):), and images are "
-            + "not allowed to make diskgate connect anywhere; record one: qemu-img rebase -u -b FILE -F FORMAT"
-    )
+            + "not allowed to make diskgate connect anywhere; record a file name with "
+            + "qemu-img rebase -u -b FILE -F FORMAT")
 }

@@ -103,8 +103,8 @@ private func openChain(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: Qc
             throw BlockError(
                 .denied,
                 "opening \(name): it looks like a qcow2 image that refers to \"\(other)\", but its name does not say "
-                    + "so, and a guest may have written that; add format=qcow2 if it is one, or format=raw"
-            )
+                    + "so, and a guest may have written what it looks like; add format=qcow2 if it is one, "
+                    + "format=raw if not")
         }
         let dataFile: (any BlockDevice)? =
             if header.hasDataFile { try sibling(header.dataFileName ?? "", "data file", of: file).device } else { nil }

@@ -79,9 +79,8 @@ struct ClientsCommand: ParsableCommand {
             for client in clients {
                 let export = client.export.map { "export \"\($0)\"" } ?? "handshake"
                 print(
-                    "\(client.id) \(client.peer) \(export) \(client.bytesRead) bytes read, "
-                        + "\(client.bytesWritten) written"
-                )
+                    "\(client.id) \(client.peer) \(export) "
+                        + "\(client.bytesRead) bytes read, \(client.bytesWritten) written")
             }
         }
     }

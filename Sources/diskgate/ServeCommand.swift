@@ -189,8 +189,8 @@ struct ServeCommand: ParsableCommand {
         if tls == nil, let open = addresses.first(where: { !$0.isLocal }) {
             throw BlockError(
                 .denied,
-                "listening on \(open): other machines could read the disks in clear text; say --tls off if you mean it"
-            )
+                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is "
+                    + "meant")
         }
         return addresses
     }

@@ -177,6 +177,24 @@ private func traits(_ device: any BlockDevice) throws -> FileTraits {
         }
     }
 
+    /// The last sector is a part only: it is written whole, and the file does not grow.
+    @Test(arguments: [1003, 4097, 70_001])
+    func directWritesKeepTheFilesSize(size: Int) throws {
+        try withTemporaryDirectory { directory in
+            var expected = patternBytes(size, seed: 8)
+            let path = try directory.makeFile("disk", expected)
+            let device = try RawFileDevice.open(path, writable(direct: true))
+            try write([1, 2, 3], to: device, at: UInt64(size - 3))
+            expected.replaceSubrange((size - 3)..<size, with: [1, 2, 3])
+            try requireEqual(try contentOfFile(path), expected, "after writing the end")
+            try device.zero(UInt64(size - 2)..<UInt64(size), [])
+            try write([9], to: device, at: 0)
+            expected.replaceSubrange((size - 2)..<size, with: [0, 0])
+            expected[0] = 9
+            try requireEqual(try contentOfFile(path), expected, "after zeroing the end")
+        }
+    }
+
     @Test func refusesWhatIsNoDisk() throws {
         try withTemporaryDirectory { directory in
             try requireError(.notFound, "nothing") { _ = try RawFileDevice.open(directory.file("nothing")) }

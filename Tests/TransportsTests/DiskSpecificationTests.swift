@@ -102,6 +102,17 @@ private func specification(_ text: String) throws -> DiskSpecification { DiskSpe
         #expect(try readBytes(device, at: 510, count: 2) == [0, 9])
     }
 
+    @Test func sizeIsTheLastWordBeforeRounding() throws {
+        var disk = try specification("pattern:1M")
+        for size in [1, 1000, 2_000_000] as [UInt64] {
+            disk.roundedTo = nil
+            disk.size = size
+            #expect(try disk.open().info.size == size)
+            disk.roundedTo = 4096
+            #expect(try disk.open().info.size == (size + 4095) / 4096 * 4096)
+        }
+    }
+
     @Test func overlayConformsAndLeavesTheSourceAlone() throws {
         try withTemporaryDirectory { directory in
             let content = patternBytes(700_001, seed: 5)
