@@ -132,7 +132,7 @@ public struct ListeningSocket: Sendable {
         withUnsafeMutableBytes(of: &name.sun_path) { $0.copyBytes(from: path.utf8.prefix($0.count - 1)) }
         let size = UInt32(MemoryLayout<sockaddr_un>.size)
         var result = dg_bind(number, &name, size)
-        if result == -EADDRINUSE && isStale(&name) {
+        if result == -EADDRINUSE && isStale(path, &name) {
             unlink(path)
             result = dg_bind(number, &name, size)
         }
@@ -141,8 +141,11 @@ public struct ListeningSocket: Sendable {
         return descriptor
     }
 
-    /// Whether a socket's path was left by a process that is gone: it exists and refuses connections.
-    private static func isStale(_ name: inout sockaddr_un) -> Bool {
+    /// Whether a socket's path was left by a process that is gone: it exists and refuses connections. So does a file
+    /// that is no socket, somebody's disk perhaps, which must stay.
+    private static func isStale(_ path: String, _ name: inout sockaddr_un) -> Bool {
+        var status = stat()
+        guard lstat(path, &status) == 0, status.st_mode & S_IFMT == S_IFSOCK else { return false }
         let probe = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
         if probe < 0 { return false }
         defer { close(probe) }
