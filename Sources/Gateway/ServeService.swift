@@ -54,21 +54,26 @@ public struct ServeService {
     /// - Returns: the exit status: 0, or the command's.
     /// - Throws: `BlockError` when it cannot listen or start.
     public func run() throws(BlockError) -> Int32 {
-        let signals = try blockSignals()
+        let inherited = ServiceManager.inheritedSockets()
+        // With a socket from its parent (libnbd's "[ COMMAND ]" syntax hands one over), standard input is no client.
+        let isOnStandardIO = request.usesStandardIO && inherited.isEmpty
+        // The one client on standard input has no socket that could be shut down: signals end the process as usual.
+        let signals = isOnStandardIO ? nil : try blockSignals()
         let event = stopEvent
         let exitsWithLast = request.exitsWithLast
         let server = try Server(directory: registry, limits: request.limits, log: request.log) { left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
-        if request.usesStandardIO {
+        guard let signals else {
             server.serve(input: STDIN_FILENO, output: STDOUT_FILENO)
             return 0
         }
         var cleanUp: [String] = []
-        defer { for path in cleanUp { unlink(path) } }
         var privateDirectory: String?
-        defer { if let privateDirectory { rmdir(privateDirectory) } }
-        let inherited = ServiceManager.inheritedSockets()
+        defer {
+            for path in cleanUp { unlink(path) }
+            if let privateDirectory { rmdir(privateDirectory) }
+        }
         var addresses = inherited.isEmpty ? request.listen : []
         if inherited.isEmpty && addresses.isEmpty, request.command != nil {
             let directory = try makePrivateDirectory()
