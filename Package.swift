@@ -16,7 +16,12 @@ let gnuSource: [CSetting] = [.define("_GNU_SOURCE")]
 let package = Package(
     name: "diskgate-package",
     products: [
-        .executable(name: "diskgate", targets: ["diskgate"])
+        .executable(name: "diskgate", targets: ["diskgate"]),
+        // For Tests/Fuzz, a package of its own.
+        .library(name: "Block", targets: ["Block"]),
+        .library(name: "LinuxIO", targets: ["LinuxIO"]),
+        .library(name: "Formats", targets: ["Formats"]),
+        .library(name: "NBD", targets: ["NBD"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
@@ -36,7 +41,7 @@ let package = Package(
             dependencies: ["Block", "LinuxIO", "CLinux", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
         .target(
-            name: "Transports", dependencies: ["Block", "LinuxIO", "Formats"], cSettings: gnuSource,
+            name: "Transports", dependencies: ["Block", "CLinux", "LinuxIO", "Formats"], cSettings: gnuSource,
             swiftSettings: settings),
         .target(
             name: "Gateway",
@@ -46,14 +51,31 @@ let package = Package(
         .executableTarget(
             name: "diskgate",
             dependencies: [
-                "Block", "Gateway", "LinuxIO", "NBD", "Transports", .product(name: "Logging", package: "swift-log"),
+                "Block", "Formats", "Gateway", "LinuxIO", "NBD", "Transports",
+                .product(name: "Logging", package: "swift-log"),
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
+            name: "FormatsTests", dependencies: ["Block", "LinuxIO", "Formats", "CZlib", "CZstd"],
+            cSettings: gnuSource, swiftSettings: settings),
+        .target(
+            name: "Support", dependencies: ["Block", "LinuxIO"], path: "Tests/Support", cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(
+            name: "BlockTests", dependencies: ["Block", "LinuxIO", "Support"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(
             name: "NBDTests",
             dependencies: ["Block", "CLinux", "LinuxIO", "NBD", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "LinuxIOTests", dependencies: ["Block", "CLinux", "LinuxIO", "Support"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(
+            name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(name: "TidyTests", cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
             name: "EndToEnd", dependencies: ["CLinux"], cSettings: gnuSource, swiftSettings: settings),
     ],

@@ -87,20 +87,24 @@ public final class DirtyBitmap: @unchecked Sendable {
         }
     }
 
-    /// The end of the run of equal bits that starts at `chunk`, at most `limit`. Both are at most `bitCount`.
-    public func endOfRun(from chunk: Int, limit: Int) -> Int {
-        precondition(chunk >= 0 && limit <= bitCount)
-        if chunk >= limit { return limit }
-        let value = isSet(chunk)
+    /// The run of equal bits that starts at `chunk`: their value, and its end, at most `limit`, at most `bitCount`.
+    ///
+    /// Value and end come from one look at each word, so that a bit that changes meanwhile never lends its new value to
+    /// neighbours that do not have it. A run is at least one chunk long.
+    @inline(__always)
+    func run(from chunk: Int, limit: Int) -> (isSet: Bool, end: Int) {
+        precondition(chunk >= 0 && chunk < limit && limit <= bitCount)
         var bit = chunk
-        while bit < limit {
-            let word = words[bit >> 6].load(ordering: .acquiring)
+        var word = words[bit >> 6].load(ordering: .acquiring)
+        let isSet = word & (1 << UInt64(bit & 63)) != 0
+        while true {
             // Bits that differ from the run's value become ones; the first of them ends it.
-            let differing = (value ? ~word : word) >> UInt64(bit & 63)
-            if differing != 0 { return min(limit, bit + differing.trailingZeroBitCount) }
+            let differing = (isSet ? ~word : word) >> UInt64(bit & 63)
+            if differing != 0 { return (isSet, min(limit, bit + differing.trailingZeroBitCount)) }
             bit = (bit | 63) + 1
+            if bit >= limit { return (isSet, limit) }
+            word = words[bit >> 6].load(ordering: .acquiring)
         }
-        return limit
     }
 
     /// The number of set bits.
@@ -132,9 +136,9 @@ public final class DirtyBitmap: @unchecked Sendable {
         var position = range.lowerBound
         let limit = chunk(of: range.upperBound - 1) + 1
         while position < range.upperBound {
-            let first = chunk(of: position)
-            let end = min(UInt64(endOfRun(from: first, limit: limit)) << shift, range.upperBound)
-            if !list.append(end - position, isSet(first) ? 1 : 0) { return position }
+            let (isSet, runEnd) = run(from: chunk(of: position), limit: limit)
+            let end = runEnd == limit ? range.upperBound : UInt64(runEnd) << shift
+            if !list.append(end - position, isSet ? 1 : 0) { return position }
             position = end
         }
         return position

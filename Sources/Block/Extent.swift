@@ -11,6 +11,8 @@
     @inlinable public static var direct: FileTraits { FileTraits(rawValue: 2) }
     /// preadv2 with RWF_NOWAIT works on it (tmpfs, for one, refuses), so a read can be tried without blocking.
     @inlinable public static var tryable: FileTraits { FileTraits(rawValue: 4) }
+    /// A file of a file system in memory: reading it never waits, even where RWF_NOWAIT is not known.
+    @inlinable public static var memory: FileTraits { FileTraits(rawValue: 16) }
     /// A block node: a sector may fail to read, so bytes are read before a header that promises them is sent.
     @inlinable public static var blockNode: FileTraits { FileTraits(rawValue: 8) }
 

@@ -73,11 +73,14 @@ extension BlockDevice {
 extension FileRef {
     /// Reads from the page cache without waiting for storage.
     ///
-    /// - Returns: the bytes read from the start of the buffer, fewer than asked, and perhaps none, where the rest is not
-    ///   in memory, cannot be tried, or fails (which a waiting read will then tell).
+    /// - Returns: the bytes read from the start of the buffer, fewer than asked, and perhaps none, where the rest is
+    ///   not in memory, cannot be tried, or fails (which a waiting read will then tell).
     @inlinable @inline(__always)
     public func tryRead(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) -> Int {
-        guard traits.contains(.tryable), let position = off_t(exactly: offset) else { return 0 }
+        guard let position = off_t(exactly: offset) else { return 0 }
+        guard traits.contains(.tryable) else {
+            return traits.contains(.memory) ? max(pread(descriptor, buffer.baseAddress, buffer.count, position), 0) : 0
+        }
         var vector = iovec(iov_base: buffer.baseAddress, iov_len: buffer.count)
         return max(preadv2(descriptor, &vector, 1, position, RWF_NOWAIT), 0)
     }

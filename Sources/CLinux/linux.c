@@ -3,7 +3,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <link.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <linux/openat2.h>
 #include <linux/vm_sockets.h>
 #include <netinet/in.h>
@@ -18,6 +20,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
@@ -85,6 +88,11 @@ int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
     memcpy(memory, answer + 0x98, sizeof *memory);
     memcpy(offset, answer + 0x9C, sizeof *offset);
     return 0;
+}
+
+bool dg_is_in_memory(int fd) {
+    struct statfs status;
+    return fstatfs(fd, &status) == 0 && (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC);
 }
 
 int dg_set_flags(int fd, int flags) { return checked(fcntl(fd, F_SETFL, flags)); }
@@ -160,6 +168,23 @@ int dg_signal_read(int fd) {
 
 int dg_eventfd(void) { return checked(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)); }
 int dg_die_with_parent(void) { return checked(prctl(PR_SET_PDEATHSIG, SIGTERM)); }
+
+// Only segments that are never written, and so hold nothing but what the file has, may be dropped.
+static int forget_segments(struct dl_phdr_info *info, size_t size, void *unused) {
+    (void)size;
+    (void)unused;
+    long page = sysconf(_SC_PAGESIZE);
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const ElfW(Phdr) *segment = &info->dlpi_phdr[i];
+        if (segment->p_type != PT_LOAD || segment->p_flags & PF_W) continue;
+        uintptr_t start = (info->dlpi_addr + segment->p_vaddr + page - 1) & ~(uintptr_t)(page - 1);
+        uintptr_t end = (info->dlpi_addr + segment->p_vaddr + segment->p_filesz) & ~(uintptr_t)(page - 1);
+        if (end > start) madvise((void *)start, end - start, MADV_DONTNEED);
+    }
+    return 1;  // The first object is the program itself; libraries are shared with other processes anyway.
+}
+
+void dg_forget_startup_pages(void) { dl_iterate_phdr(forget_segments, NULL); }
 
 long dg_thread_blocks_read(void) {
     struct rusage usage;

@@ -158,7 +158,8 @@ public final class ControlServer: Sendable {
         } catch {
             reply.error = "the request is no JSON object with a command: \(error)"
         }
-        let bytes = (try? JSONEncoder().encode(reply)).map { Array($0) } ?? Array(#"{"error":"encoding the reply"}"#.utf8)
+        let bytes =
+            (try? JSONEncoder().encode(reply)).map { Array($0) } ?? Array(#"{"error":"encoding the reply"}"#.utf8)
         return bytes + [UInt8(ascii: "\n")]
     }
 
@@ -180,7 +181,8 @@ public final class ControlServer: Sendable {
             }
         default:
             throw BlockError(
-                .invalid, "\"\(request.command)\" is no control command: give exports, add, remove, clients or disconnect")
+                .invalid,
+                "\"\(request.command)\" is no control command: give exports, add, remove, clients or disconnect")
         }
         return reply
     }
@@ -198,7 +200,10 @@ public final class ControlServer: Sendable {
             throw BlockError(.invalid, "adding an export: \(other) is no access: give read-only, writable or overlay")
         }
         disk.partition = request.partition
-        let export = try Export(name: name, description: request.description ?? "", device: disk.open())
+        var options = ExportOptions()
+        options.isReadOnly = disk.access == .readOnly
+        let export = try Export(
+            name: name, description: request.description ?? "", device: disk.open(), options: options)
         try registry.add(export)
         log.notice("added the export \"\(name)\" of \(source)")
         return export

@@ -17,7 +17,8 @@ public final class ExportRegistry: ExportDirectory {
         try exports.withLock { (exports) throws(BlockError) in
             if exports.contains(where: { $0.name == export.name }) {
                 throw BlockError(
-                    .invalid, "exporting \(export.info.name): the export name \"\(export.name)\" is taken; give another")
+                    .invalid, "exporting \(export.info.name): the export name \"\(export.name)\" is taken; give another"
+                )
             }
             exports.append(export)
         }

@@ -34,7 +34,10 @@ public struct ServeRequest: Sendable {
 
 /// Runs a server until it is told to stop.
 public struct ServeService {
+    /// What was asked for, without the exports: only the registry holds them, so that one that is removed is closed.
     private let request: ServeRequest
+    private let firstExport: String
+    private let title: String
     private let registry = ExportRegistry()
     private let stopEvent: Descriptor
 
@@ -42,7 +45,11 @@ public struct ServeService {
     ///
     /// - Throws: `BlockError`: two exports have the same name, or the system has no descriptor left.
     public init(_ request: ServeRequest) throws(BlockError) {
-        self.request = request
+        var rest = request
+        rest.exports = []
+        self.request = rest
+        firstExport = request.exports.first?.name ?? ""
+        title = request.exports.count == 1 ? request.exports[0].info.name : "\(request.exports.count) exports"
         let number = dg_eventfd()
         if number < 0 { throw BlockError(errno: -number, "starting the server") }
         stopEvent = Descriptor(owning: number)
@@ -55,19 +62,18 @@ public struct ServeService {
     /// - Throws: `BlockError` when it cannot listen or start.
     public func run() throws(BlockError) -> Int32 {
         let inherited = ServiceManager.inheritedSockets()
-        // With a socket from its parent (libnbd's "[ COMMAND ]" syntax hands one over), standard input is no client.
-        let isOnStandardIO = request.usesStandardIO && inherited.isEmpty
-        // The one client on standard input has no socket that could be shut down: signals end the process as usual.
-        let signals = isOnStandardIO ? nil : try blockSignals()
         let event = stopEvent
         let exitsWithLast = request.exitsWithLast
         let server = try Server(directory: registry, limits: request.limits, log: request.log) { left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
-        guard let signals else {
+        // With a socket from its parent (libnbd's "[ COMMAND ]" syntax hands one over), standard input is no client. The
+        // one client there has no socket that could be shut down: signals end the process as usual.
+        if request.usesStandardIO && inherited.isEmpty {
             server.serve(input: STDIN_FILENO, output: STDOUT_FILENO)
             return 0
         }
+        let signals = try blockSignals()
         var cleanUp: [String] = []
         var privateDirectory: String?
         defer {
@@ -91,8 +97,9 @@ public struct ServeService {
         if case .unix(let path)? = request.control { cleanUp.append(path) }
         try server.accept(on: sockets)
         for socket in sockets {
-            request.log.notice("serving \(request.exports.count) export(s) on \(uri(socket.address, export: nil))")
+            request.log.notice("serving \(title) at \(uri(socket.address, export: nil))")
         }
+        dg_forget_startup_pages()
         ServiceManager.notify("READY=1")
         let status = try waitForEnd(signals, command: startCommand(sockets))
         ServiceManager.notify("STOPPING=1")
@@ -121,8 +128,7 @@ public struct ServeService {
 
     private func startCommand(_ sockets: [ListeningSocket]) throws(BlockError) -> pid_t? {
         guard let command = request.command else { return nil }
-        let export = request.exports.first?.name ?? ""
-        var environment = [("uri", uri(sockets[0].address, export: export)), ("exportname", export)]
+        var environment = [("uri", uri(sockets[0].address, export: firstExport)), ("exportname", firstExport)]
         switch sockets[0].address {
         case .unix(let path): environment += [("unixsocket", path), ("nbd", "nbd:unix:\(path)")]
         case .tcp(let host, let port): environment += [("port", String(port)), ("nbd", "nbd:\(host):\(port)")]

@@ -14,7 +14,7 @@ public final class BlockNodeDevice: BlockDevice {
     private let isWriter: Bool
     private let restoreWritable: Bool
     private let sector: UInt64
-    private let directLock = Lock()
+    private let sectorLock = SectorLock()
 
     /// Opens a block node.
     ///
@@ -28,7 +28,7 @@ public final class BlockNodeDevice: BlockDevice {
         if options.isExclusive || options.isWritable { flags |= O_EXCL }
         do throws(BlockError) {
             return try BlockNodeDevice(Descriptor.open(path, flags), name: path, options)
-        } catch where error.message.contains(systemErrorText(EBUSY)) {
+        } catch  where error.message.contains(systemErrorText(EBUSY)) {
             throw BlockError(
                 error.kind,
                 "\(error.message): it is mounted, or held by LVM, RAID, multipath or another program; release it first "
@@ -37,7 +37,9 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     /// A device over an open block node, which it keeps open.
-    init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
+    ///
+    /// - Throws: `BlockError`: it is no block node, tells no size, or cannot be had as the options ask.
+    public init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
         let status = try node.status()
         guard status.st_mode & S_IFMT == S_IFBLK else {
             throw BlockError(.invalid, "opening \(name) as a block device: it is none")
@@ -95,11 +97,16 @@ public final class BlockNodeDevice: BlockDevice {
         return added ? range.upperBound : range.lowerBound
     }
 
+    private func requireWritable(_ doing: String) throws(BlockError) {
+        if !isWriter { throw BlockError(.readOnly, "\(doing) \(info.name): it is open for reading only") }
+    }
+
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
+        try requireWritable("writing to")
         let flags = durable ? RWF_DSYNC : 0
         do throws(BlockError) {
             if shared.traits.contains(.direct) {
-                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: directLock)
+                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: sectorLock)
             } else {
                 try writeFully(node.number, bytes, at: offset, flags: flags)
             }
@@ -114,6 +121,7 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     public func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
+        try requireWritable("zeroing a range of")
         if options.contains(.fastOnly) {
             // BLKZEROOUT falls back to writing without a word, so speed cannot be promised.
             throw BlockError(.unsupported, "zeroing a range of \(info.name) fast: a block device cannot promise it")
@@ -126,17 +134,21 @@ public final class BlockNodeDevice: BlockDevice {
             let tail = whole.upperBound..<range.upperBound
             if !head.isEmpty { try writeZeros(to: self, head) }
             if !tail.isEmpty { try writeZeros(to: self, tail) }
-            let result = dg_block_zero_out(node.number, whole.lowerBound, whole.count64)
+            let result = sectorLock.withLock(parts: false) {
+                dg_block_zero_out(node.number, whole.lowerBound, whole.count64)
+            }
             if result == -EOPNOTSUPP || result == -EINVAL {
                 try writeZeros(to: self, whole)
             } else if result < 0 {
-                throw BlockError(errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
+                throw BlockError(
+                    errno: -result, "zeroing \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
             }
         }
         if options.contains(.durable) { try flush() }
     }
 
     public func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
+        try requireWritable("discarding a range of")
         let whole = wholeSectors(range)
         if whole.isEmpty { return }
         let result = dg_block_discard(node.number, whole.lowerBound, whole.count64)
@@ -169,9 +181,6 @@ private struct NodeLimits {
         var bytes: UInt64 = 0
         let result = dg_block_size64(descriptor, &bytes)
         if result < 0 { throw BlockError(errno: -result, "asking for the size of \(name) (BLKGETSIZE64)") }
-        if bytes == 0 {
-            throw BlockError(.invalid, "opening \(name): the device reports 0 bytes; it has no medium, or is gone")
-        }
         var logical: UInt32 = 0
         var physical: UInt32 = 0
         var best: UInt32 = 0
@@ -180,8 +189,12 @@ private struct NodeLimits {
         _ = dg_block_physical_size(descriptor, &physical)
         _ = dg_block_io_opt(descriptor, &best)
         _ = dg_block_read_only_get(descriptor, &readOnly)
-        size = bytes
         logicalSector = min(max(logical.powerOfTwo, 512), 65536)
+        // A loop device may end inside a sector, which the kernel then neither reads nor writes.
+        size = bytes / UInt64(logicalSector) * UInt64(logicalSector)
+        if size == 0 {
+            throw BlockError(.invalid, "opening \(name): the device reports no bytes; it has no medium, or is gone")
+        }
         // An optimal size that is no power of two (RAID stripes) cannot be told over NBD; the physical sector can.
         let wanted = best.nonzeroBitCount == 1 ? max(best, physical) : physical
         preferred = min(max(wanted.powerOfTwo, 4096, logicalSector), 1 << 20)

@@ -10,7 +10,8 @@ private struct DigestLibrary: @unchecked Sendable {
     typealias ByName = @convention(c) (UnsafePointer<CChar>) -> OpaquePointer?
     typealias Start = @convention(c) (OpaquePointer, OpaquePointer, OpaquePointer?) -> Int32
     typealias Update = @convention(c) (OpaquePointer, UnsafeRawPointer?, Int) -> Int32
-    typealias Finish = @convention(c) (OpaquePointer, UnsafeMutablePointer<UInt8>, UnsafeMutablePointer<UInt32>) -> Int32
+    typealias Finish =
+        @convention(c) (OpaquePointer, UnsafeMutablePointer<UInt8>, UnsafeMutablePointer<UInt32>) -> Int32
 
     let make: Make
     let free: Free

@@ -63,6 +63,12 @@ public final class PatternDevice: BlockDevice {
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64
     {
+        // One run, which could be 2^47 chunks.
+        if threshold == 0 || threshold > UInt64(UInt32.max) {
+            let place: Place =
+                threshold == 0 ? .zeros(allocated: false) : .source(handle.reference, offset: range.lowerBound)
+            return extents.append(range.count64, place) ? range.upperBound : range.lowerBound
+        }
         var position = range.lowerBound
         while position < range.upperBound {
             let chunk = position / Self.chunkSize
@@ -100,7 +106,8 @@ public final class PatternDevice: BlockDevice {
                 position += 1
             }
             while buffer.count - done >= 8 {
-                buffer.storeBytes(of: Self.mix((position >> 3) &+ seed).littleEndian, toByteOffset: done, as: UInt64.self)
+                buffer.storeBytes(
+                    of: Self.mix((position >> 3) &+ seed).littleEndian, toByteOffset: done, as: UInt64.self)
                 done += 8
                 position += 8
             }

@@ -59,7 +59,9 @@ public func readSmallFile(_ path: String) throws(BlockError) -> [UInt8] {
     var content = [UInt8](repeating: 0, count: 65536)
     var count = 0
     while count < content.count {
-        let got = content.withUnsafeMutableBytes { read(file.number, $0.baseAddress?.advanced(by: count), $0.count - count) }
+        let got = content.withUnsafeMutableBytes {
+            read(file.number, $0.baseAddress?.advanced(by: count), $0.count - count)
+        }
         if got < 0 && errno == EINTR { continue }
         if got < 0 { throw BlockError(errno: errno, "reading \(path)") }
         if got == 0 { break }

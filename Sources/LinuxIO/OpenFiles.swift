@@ -24,7 +24,8 @@ enum OpenFiles {
     /// The count shared by everybody in this process who has the file open.
     static func writers(of status: stat) -> WriterCount {
         let isNode = status.st_mode & S_IFMT == S_IFBLK
-        let key = Key(device: UInt64(isNode ? status.st_rdev : status.st_dev), inode: isNode ? 0 : UInt64(status.st_ino))
+        let key = Key(
+            device: UInt64(isNode ? status.st_rdev : status.st_dev), inode: isNode ? 0 : UInt64(status.st_ino))
         return table.withLock { table in
             if let known = table[key]?.count { return known }
             table = table.filter { $0.value.count != nil }

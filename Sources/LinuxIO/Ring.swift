@@ -25,7 +25,8 @@ public struct Ring: ~Copyable {
     deinit { dg_ring_destroy(ring) }
 
     /// Queues a read; the buffer stays valid until its completion is taken. False when the queue is full.
-    public func read(_ file: Int32, into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64, tag: UInt64) -> Bool {
+    public func read(_ file: Int32, into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64, tag: UInt64) -> Bool
+    {
         dg_ring_read(ring, file, buffer.baseAddress, UInt32(truncatingIfNeeded: buffer.count), offset, tag)
     }
 

@@ -38,16 +38,15 @@ public func startThread(name: String, stackSize: Int = 512 * 1024, _ body: @esca
 }
 
 /// Worker threads for calls that may block: flushes, durable writes, sources. Started when needed, gone when idle.
+///
+/// Each connection has lanes of its own, so that a client whose storage hangs leaves those of others alone.
 public final class Lanes: @unchecked Sendable {
     // Sendable because all state is touched only under `mutex`.
 
-    /// The most threads: enough to keep a deep storage queue busy, few enough to be no burden.
-    public static let threadsMax = 64
+    /// The most threads: as many as nbdkit gives a connection, enough to keep a storage queue busy.
+    public static let threadsMax = 16
     /// Seconds that an idle thread stays.
     static let idleSeconds = 5
-
-    /// The lanes of this process.
-    public static let shared = Lanes()
 
     private let mutex: UnsafeMutablePointer<pthread_mutex_t>
     private let condition: UnsafeMutablePointer<pthread_cond_t>
@@ -55,14 +54,31 @@ public final class Lanes: @unchecked Sendable {
     private var nextJob = 0
     private var threads = 0
     private var idle = 0
+    private var isRetired = false
 
-    private init() {
+    /// Lanes without any thread yet.
+    public init() {
         mutex = .allocate(capacity: 1)
         mutex.initialize(to: pthread_mutex_t())
         pthread_mutex_init(mutex, nil)
         condition = .allocate(capacity: 1)
         condition.initialize(to: pthread_cond_t())
         pthread_cond_init(condition, nil)
+    }
+
+    deinit {
+        pthread_cond_destroy(condition)
+        condition.deallocate()
+        pthread_mutex_destroy(mutex)
+        mutex.deallocate()
+    }
+
+    /// Has threads end as soon as there is nothing to do, instead of staying for a while.
+    public func retire() {
+        pthread_mutex_lock(mutex)
+        isRetired = true
+        pthread_cond_broadcast(condition)
+        pthread_mutex_unlock(mutex)
     }
 
     /// Runs a job on some lane, in the order of submission when all are busy. Where no thread can be had at all, it
@@ -96,6 +112,10 @@ public final class Lanes: @unchecked Sendable {
         defer { pthread_mutex_unlock(mutex) }
         while nextJob == jobs.count {
             guard waiting else { return nil }
+            if isRetired {
+                threads -= 1
+                return nil
+            }
             var deadline = timespec()
             clock_gettime(CLOCK_REALTIME, &deadline)
             deadline.tv_sec += Self.idleSeconds

@@ -1,5 +1,6 @@
 // A disk as the command line describes it: a source, and the filters laid over it, opened in one fixed order.
 public import Block
+import Formats
 import Glibc
 import LinuxIO
 
@@ -29,6 +30,8 @@ public struct DiskSpecification: Sendable {
     public var size: UInt64?
     /// A power of two that the size is rounded up to, in bytes.
     public var roundedTo: UInt64?
+    /// Directories, besides an image's own, beneath which images may name other files.
+    public var imageDirectories: [String] = []
     /// Errors and corruption to inject.
     public var faults: [FaultPlan.Fault] = []
     /// Where overlays keep what is written; nil for TMPDIR, or /var/tmp.
@@ -37,12 +40,13 @@ public struct DiskSpecification: Sendable {
     /// A source as it is, read-only.
     public init(_ source: SourceReference) { self.source = source }
 
-    /// Opens the source and lays over it, from below: faults, offset and length, partition, size, overlay.
+    /// Opens the source and lays over it, from below: faults, partition, offset and length, size, overlay.
     ///
     /// - Throws: `BlockError` of whatever could not be opened.
     public func open() throws(BlockError) -> any BlockDevice {
-        var device = try source.open(writable: access == .writable)
+        var device = try source.open(writable: access == .writable, imageDirectories: imageDirectories)
         if !faults.isEmpty { device = FaultDevice(device, plan: FaultPlan(faults)) }
+        if let partition { device = try openPartition(partition, of: device) }
         if offset > 0 || length != nil {
             let size = device.info.size
             let (end, overflow) = offset.addingReportingOverflow(length ?? (size > offset ? size - offset : 0))
@@ -51,7 +55,6 @@ public struct DiskSpecification: Sendable {
             }
             device = try SliceDevice(device, range: offset..<end, label: "from \(offset)")
         }
-        if let partition { device = try openPartition(partition, of: device) }
         if let size { device = try ResizedDevice(device, size: size) }
         if let roundedTo { device = try ResizedDevice(device, roundedUpTo: roundedTo) }
         if access == .overlay {
@@ -61,48 +64,77 @@ public struct DiskSpecification: Sendable {
         }
         if access == .writable && device.info.isReadOnly {
             throw BlockError(
-                .readOnly, "opening \(source) for writing: a \(device.info.format) source can only be read here "
+                .readOnly,
+                "opening \(source) for writing: a \(device.info.format) source can only be read here "
                     + "(an overlay keeps what is written in scratch space)")
         }
         return device
     }
 
     private func openPartition(_ number: Int, of device: any BlockDevice) throws(BlockError) -> any BlockDevice {
-        throw BlockError(.unsupported, "partition \(number) of \(device.info.name)")
+        guard let table = try PartitionTable.read(from: device) else {
+            throw BlockError(.notFound, "taking partition \(number) of \(device.info.name): it has no partition table")
+        }
+        return try table.open(number, of: device)
     }
 }
 
 extension SourceReference {
     /// Opens what the reference names.
     ///
+    /// - Parameter imageDirectories: directories, besides an image's own, beneath which images may name other files.
     /// - Throws: `BlockError` of the reason.
-    public func open(writable: Bool = false) throws(BlockError) -> any BlockDevice {
+    public func open(writable: Bool = false, imageDirectories: [String] = []) throws(BlockError) -> any BlockDevice {
         switch kind {
-        case .path(let path): return try openPath(path, writable: writable)
+        case .path(let path): return try openPath(path, writable: writable, imageDirectories: imageDirectories)
         case .memory(let size):
             try allow([])
+            if size == 0 { throw BlockError(.invalid, "opening \(self): a disk has at least 1 byte") }
             return try NamelessFile.memory(size: size)
         case .pattern(let size):
             try allow(["seed", "allocated"])
             let text = parameter("allocated") ?? "100%"
-            guard let seed = UInt64(parameter("seed") ?? "0"), let percent = Double(text.split(separator: "%")[0]) else {
+            let number = text.last == "%" ? text.dropLast() : text[...]
+            guard let seed = UInt64(parameter("seed") ?? "0"), let percent = Double(number) else {
                 throw BlockError(.invalid, "opening \(self): give seed=NUMBER and allocated=PERCENT%")
             }
             return try PatternDevice(size: size, seed: seed, allocatedShare: percent / 100)
         }
     }
 
-    private func openPath(_ path: String, writable: Bool) throws(BlockError) -> any BlockDevice {
+    private func openPath(_ path: String, writable: Bool, imageDirectories: [String]) throws(BlockError)
+        -> any BlockDevice
+    {
         try allow(["format", "direct", "exclusive"])
         var options = RawOptions()
         options.isWritable = writable
         options.isDirect = try flag("direct")
         options.isExclusive = try flag("exclusive")
+        let hint = try formatHint(path)
         var status = stat()
         if stat(path, &status) < 0 { throw BlockError(errno: errno, "opening \(path)") }
-        switch status.st_mode & S_IFMT {
-        case S_IFBLK: return try BlockNodeDevice.open(path, options)
-        default: return try RawFileDevice.open(path, options)
+        let isNode = status.st_mode & S_IFMT == S_IFBLK
+        let device: any BlockDevice =
+            isNode ? try BlockNodeDevice.open(path, options) : try RawFileDevice.open(path, options)
+        let decided = hint ?? .guess(name: path, isNodeOrRemote: isNode)
+        let directory = parent(try realPath(path))
+        var siblingOptions = RawOptions()
+        siblingOptions.isDirect = options.isDirect
+        var allowed = [directory]
+        for other in imageDirectories { allowed.append(try realPath(other)) }
+        let file = ResolvedFile(
+            device: device, identity: isNode ? "node \(status.st_rdev)" : "\(status.st_dev):\(status.st_ino)",
+            resolver: DirectoryResolver(directory: directory, allowed: allowed, options: siblingOptions))
+        return try openDisk(file, decided)
+    }
+
+    /// What format= says; nil without it.
+    private func formatHint(_ path: String) throws(BlockError) -> FormatHint? {
+        guard let name = parameter("format") else { return nil }
+        guard let format = ImageFormat(rawValue: name) else {
+            let known = ImageFormat.allCases.filter(\.isSupported).map(\.rawValue).joined(separator: ", ")
+            throw BlockError(.invalid, "opening \(self): there is no format \(name), only \(known)")
         }
+        return .explicit(format)
     }
 }

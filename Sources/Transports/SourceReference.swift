@@ -31,11 +31,12 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         "point": "a restore point",
     ]
 
-    /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, the URIs with ?KEY=VALUE&...
+    /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, URIs with ?KEY=VALUE&...
     ///
     /// - Throws: `.invalid` for a malformed reference, `.unsupported` for a scheme that cannot be opened here.
     public init(_ text: String) throws(BlockError) {
         description = text
+        if text.utf8.contains(0) { throw BlockError(.invalid, "a source with a zero byte in it names nothing") }
         guard let colon = text.firstIndex(of: ":"), Self.isScheme(text[..<colon]) else {
             if text.isEmpty { throw BlockError(.invalid, "a source is missing: give a path or a URI") }
             kind = .path(text)
@@ -98,7 +99,7 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         return decoded
     }
 
-    /// Text with %XX replaced by the byte it stands for; nil when malformed or not UTF-8.
+    /// Text with %XX replaced by the byte it stands for; nil when that is a zero byte or makes no UTF-8.
     private static func decoded(_ text: Substring) -> String? {
         var bytes: [UInt8] = []
         var rest = text.utf8[...]
@@ -108,8 +109,13 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
                 continue
             }
             let digits = rest.prefix(2)
-            guard digits.count == 2, let value = UInt8(String(decoding: digits, as: UTF8.self), radix: 16), value != 0
-            else { return nil }
+            let isHex = digits.allSatisfy { Character(UnicodeScalar($0)).isHexDigit }
+            guard isHex, digits.count == 2, let value = UInt8(String(decoding: digits, as: UTF8.self), radix: 16) else {
+                // A percent sign that stands for itself: allocated=30%.
+                bytes.append(byte)
+                continue
+            }
+            if value == 0 { return nil }
             bytes.append(value)
             rest = rest.dropFirst(2)
         }
@@ -133,7 +139,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
     func allow(_ keys: Set<String>) throws(BlockError) {
         if let other = parameters.first(where: { !keys.contains($0.key) }) {
             throw BlockError(
-                .invalid, "opening \(self): the parameter \(other.key) means nothing here (known: "
+                .invalid,
+                "opening \(self): the parameter \(other.key) means nothing here (known: "
                     + "\(keys.sorted().joined(separator: ", ")))")
         }
     }
@@ -150,9 +157,10 @@ public struct ByteCount: Sendable, Equatable {
     public init(_ text: String) throws(BlockError) {
         let digits = text.prefix { $0.isASCII && $0.isNumber }
         var suffix = text[digits.endIndex...].lowercased()
-        if suffix.hasSuffix("ib") { suffix.removeLast(2) }
+        // "iB" belongs behind a letter. (Only ASCII: the Kelvin sign, for one, becomes a k in lower case.)
+        if suffix.hasSuffix("ib"), let letter = suffix.first, "kmgtpe".contains(letter) { suffix.removeLast(2) }
         let shifts: [String: UInt64] = ["": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60]
-        guard let number = UInt64(digits), let shift = shifts[suffix] else {
+        guard let number = UInt64(digits), text.utf8.allSatisfy({ $0 < 128 }), let shift = shifts[suffix] else {
             throw BlockError(.invalid, "\(text) is no number of bytes: give digits and one of K, M, G, T, P")
         }
         let (product, overflow) = number.multipliedReportingOverflow(by: 1 << shift)

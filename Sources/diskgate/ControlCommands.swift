@@ -78,7 +78,9 @@ struct ClientsCommand: ParsableCommand {
             if report.json { return try printJSON(clients) }
             for client in clients {
                 let export = client.export.map { "export \"\($0)\"" } ?? "handshake"
-                print("\(client.id) \(client.peer) \(export) \(client.bytesRead) bytes read, \(client.bytesWritten) written")
+                print(
+                    "\(client.id) \(client.peer) \(export) \(client.bytesRead) bytes read, \(client.bytesWritten) written"
+                )
             }
         }
     }

@@ -94,7 +94,15 @@ struct PartArguments: ParsableArguments {
     @Option(help: ArgumentHelp("Take only this many bytes.", valueName: "bytes"))
     var length: ByteArgument?
 
+    @Option(
+        help: ArgumentHelp(
+            "Let images name backing and data files beneath this directory, too, not only beneath their own. May be "
+                + "repeated.",
+            valueName: "directory"))
+    var imageDirectory: [String] = []
+
     func apply(to disk: inout DiskSpecification) {
+        disk.imageDirectories = imageDirectory
         disk.partition = partition
         disk.offset = offset?.bytes ?? 0
         disk.length = length?.bytes

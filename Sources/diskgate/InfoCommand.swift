@@ -1,6 +1,7 @@
 // `diskgate info`: what a source is.
 import ArgumentParser
 import Block
+import Formats
 import LinuxIO
 
 struct InfoCommand: ParsableCommand {
@@ -18,18 +19,39 @@ struct InfoCommand: ParsableCommand {
         var rotational: Bool
         var dirtyBitmaps: [String]
         var identity: [String: String]
+        var partitionTable: String?
+        var partitions: [PartitionReport]
+    }
+
+    private struct PartitionReport: Encodable {
+        var number: Int
+        var offset: UInt64
+        var length: UInt64
+        var type: String
+        var typeName: String?
+        var name: String
+        var problem: String?
     }
 
     func run() throws {
         let device = try source.open()
         let info = device.info
+        // A table that cannot be read concerns nobody who wants to know what the disk is.
+        let table = try? PartitionTable.read(from: device)
         if report.json {
             return try printJSON(
                 Report(
                     name: info.name, format: info.format, size: info.size, minimumBlock: info.minimumBlock,
                     preferredBlock: info.preferredBlock, rotational: info.isRotational,
                     dirtyBitmaps: info.dirtyBitmaps,
-                    identity: Dictionary(info.identity.map { ($0.key, $0.value) }, uniquingKeysWith: { first, _ in first })))
+                    identity: Dictionary(
+                        info.identity.map { ($0.key, $0.value) }, uniquingKeysWith: { first, _ in first }),
+                    partitionTable: table?.scheme.rawValue,
+                    partitions: (table?.partitions ?? []).map {
+                        PartitionReport(
+                            number: $0.number, offset: $0.range.lowerBound, length: $0.range.count64, type: $0.type,
+                            typeName: $0.typeName, name: $0.name, problem: $0.problem)
+                    }))
         }
         print("name:            \(info.name)")
         print("format:          \(info.format)")
@@ -38,6 +60,15 @@ struct InfoCommand: ParsableCommand {
         print("preferred block: \(info.preferredBlock) bytes")
         for bitmap in info.dirtyBitmaps { print("dirty bitmap:    \(bitmap)") }
         for (key, value) in info.identity { print("\(key):".padded(17) + value) }
+        guard let table else { return }
+        print("partition table: \(table.scheme.rawValue), \(table.identifier)")
+        for warning in table.warnings { print("  warning:       \(warning)") }
+        for part in table.partitions {
+            let what = [part.typeName ?? part.type, part.name, part.problem ?? ""].filter { !$0.isEmpty }
+            print(
+                "  partition \(part.number):".padded(17)
+                    + "\(readable(part.range.count64)) at \(part.range.lowerBound), \(what.joined(separator: ", "))")
+        }
     }
 }
 
@@ -51,10 +82,13 @@ func readable(_ bytes: UInt64) -> String {
         unit += 1
     }
     let tenths = Int((value * 10).rounded())
-    return unit == 0 || tenths % 10 == 0 ? "\(tenths / 10) \(units[unit])" : "\(tenths / 10).\(tenths % 10) \(units[unit])"
+    return unit == 0 || tenths % 10 == 0
+        ? "\(tenths / 10) \(units[unit])" : "\(tenths / 10).\(tenths % 10) \(units[unit])"
 }
 
 extension String {
     func padded(_ width: Int) -> String { count >= width ? self : self + String(repeating: " ", count: width - count) }
-    func paddedLeft(_ width: Int) -> String { count >= width ? self : String(repeating: " ", count: width - count) + self }
+    func paddedLeft(_ width: Int) -> String {
+        count >= width ? self : String(repeating: " ", count: width - count) + self
+    }
 }

@@ -89,7 +89,8 @@ struct MapCommand: ParsableCommand {
 
         private func line(_ run: Run) {
             print(
-                String(run.offset).paddedLeft(12), String(run.length).paddedLeft(12), String(run.type).paddedLeft(6), "",
+                String(run.offset).paddedLeft(12), String(run.length).paddedLeft(12), String(run.type).paddedLeft(6),
+                "",
                 run.description)
         }
 

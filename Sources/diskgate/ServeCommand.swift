@@ -129,6 +129,11 @@ struct ServeCommand: ParsableCommand {
     }
 
     func run() throws {
+        let status = try ServeService(request()).run()
+        if status != 0 { throw ExitCode(status) }
+    }
+
+    private func request() throws -> ServeRequest {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
         for (index, source) in sources.enumerated() {
@@ -146,8 +151,7 @@ struct ServeCommand: ParsableCommand {
         request.limits.connectionsMax = maxConnections
         request.limits.handshakeSeconds = handshakeTimeout
         request.graceSeconds = grace
-        let status = try ServeService(request).run()
-        if status != 0 { throw ExitCode(status) }
+        return request
     }
 
     private func disk(_ source: String) throws -> DiskSpecification {
@@ -163,6 +167,7 @@ struct ServeCommand: ParsableCommand {
 
     private func options() throws -> ExportOptions {
         var options = ExportOptions()
+        options.isReadOnly = !writable && !overlay
         for rule in allow { options.allow.append(try AllowRule(rule)) }
         options.bytesPerSecondMax = limitRate?.bytes
         options.readDelayMS = delayRead
@@ -184,7 +189,8 @@ struct ServeCommand: ParsableCommand {
         if tls == nil, let open = addresses.first(where: { !$0.isLocal }) {
             throw BlockError(
                 .denied,
-                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is meant")
+                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is meant"
+            )
         }
         return addresses
     }
@@ -195,10 +201,12 @@ struct FaultArgument {
     let fault: FaultPlan.Fault
 
     init(_ text: String) throws(BlockError) {
-        let bad = BlockError(.invalid, "\(text) is no fault: give KIND[@START-END][%PERCENT], for example read-error@1M-2M%50")
+        let bad = BlockError(
+            .invalid, "\(text) is no fault: give KIND[@START-END][%PERCENT], for example read-error@1M-2M%50")
         let halves = text.split(separator: "%", maxSplits: 1, omittingEmptySubsequences: false)
         let parts = halves[0].split(separator: "@", maxSplits: 1, omittingEmptySubsequences: false)
-        guard let kind = parts.first, let percent = halves.count == 2 ? Double(halves[1]) : 100, percent >= 0, percent <= 100
+        guard let kind = parts.first, let percent = halves.count == 2 ? Double(halves[1]) : 100, percent >= 0,
+            percent <= 100
         else { throw bad }
         var range: Range<UInt64> = 0..<UInt64(Int64.max)
         if parts.count == 2 {

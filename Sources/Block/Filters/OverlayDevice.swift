@@ -48,11 +48,8 @@ public final class OverlayDevice: BlockDevice {
         var position = range.lowerBound
         let limit = copied.chunk(of: range.upperBound - 1) + 1
         while position < range.upperBound {
-            let chunk = copied.chunk(of: position)
-            let isCopied = copied.isSet(chunk)
-            let runEnd = copied.endOfRun(from: chunk, limit: limit)
-            // The bit may have been set in between; the run is then at least the chunk itself.
-            let end = min(UInt64(max(runEnd, chunk + 1)) * Self.chunkSize, range.upperBound)
+            let (isCopied, runEnd) = copied.run(from: copied.chunk(of: position), limit: limit)
+            let end = min(UInt64(runEnd) * Self.chunkSize, range.upperBound)
             let done = try body(position..<end, isCopied)
             if done < end { return done }
             position = end

@@ -51,6 +51,8 @@ int dg_block_disk_sequence(int fd, uint64_t *sequence);
 int dg_open_beneath(int directory, const char *path, int flags);
 // Memory and offset alignment that O_DIRECT needs on this file; 0 and 0 where O_DIRECT is not supported.
 int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
+// Whether a file lies in memory (tmpfs, ramfs).
+bool dg_is_in_memory(int fd);
 int dg_set_flags(int fd, int flags);
 int dg_get_flags(int fd);
 int dg_set_close_on_exec(int fd);
@@ -86,5 +88,8 @@ int dg_signal_read(int fd);
 int dg_eventfd(void);
 // Asks the kernel to send SIGTERM to this process when its parent dies.
 int dg_die_with_parent(void);
+// Unmaps the program's own code and constants from this process; what is still used comes back from the page cache.
+// A server that starts with a large command-line parser and then runs a small loop gets most of its memory back.
+void dg_forget_startup_pages(void);
 // Blocks read by this thread from storage so far (512-byte units): tells cached reads from real ones.
 long dg_thread_blocks_read(void);

@@ -175,7 +175,8 @@ public struct ServerHandshake {
 
     /// NBD_OPT_EXPORT_NAME: it cannot be refused but by closing.
     private func exportName(_ payload: UnsafeRawBufferPointer, into output: inout [UInt8]) -> Outcome {
-        guard mode != .extended, payload.count <= NBD.stringLengthMax, let name = String(validating: payload, as: UTF8.self),
+        guard mode != .extended, payload.count <= NBD.stringLengthMax,
+            let name = String(validating: payload, as: UTF8.self),
             let export = directory.export(named: name, for: peer)
         else { return .close }
         output.appendBigEndian(export.info.size)

@@ -41,6 +41,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     var ringReads = 0
     var laneJobs = 0
     var port: CompletionPort?
+    let lanes = Lanes()
     var isSocketPollArmed = false
     var isPortPollArmed = false
 
@@ -50,11 +51,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     var hasSentFiles = false
     /// Bytes of the input, from its start, whose reads were asked to be read ahead.
     var prefetchedEnd = 0
-
-    /// Receives to try before blocking; adapts to whether trying helps.
-    var spinBudget = 0
-    var batchRequests = 0
-    var turnsSinceSpin = 0
 
     var counts = Counts()
 
@@ -104,7 +100,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         flush()
         drain()
         publishCounts()
-        if client.isClosing && isAlive { link.close(waitingSeconds: 2) }
+        if client.isClosing && isAlive { link.close(waitingSeconds: 5) }
     }
 
     var inFlight: Int { ringReads + laneJobs }
@@ -115,7 +111,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     private mutating func answerRequests() {
         if coldTurns > 0 { prefetchBatch() }
         let size = mode.requestSize
-        batchRequests = 0
         while isAlive && !isInputClosed && inputEnd - inputStart >= size {
             let header = UnsafeRawBufferPointer(rebasing: input[inputStart..<(inputStart + size)])
             guard let request = Request(header, mode) else {
@@ -124,7 +119,6 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
                 break
             }
             inputStart += size
-            batchRequests += 1
             answer(request)
         }
         if client.isClosing { isInputClosed = true }
@@ -190,14 +184,14 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         // The client may wait for replies before it sends the rest.
         if done < buffer.count { flush() }
         while done < buffer.count {
-            guard
-                case .bytes(let count) = link.receive(
-                    into: UnsafeMutableRawBufferPointer(rebasing: buffer[done...]), waiting: true)
-            else {
+            let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
+            switch link.receive(into: rest, waiting: true) {
+            case .bytes(let count): done += count
+            case .nothing where !client.isClosing: continue
+            case .nothing, .closed:
                 isInputClosed = true
                 return false
             }
-            done += count
         }
         return true
     }
@@ -211,7 +205,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
             left -= now
             if left == 0 { break }
             flush()
-            if !receive(waiting: true) { break }
+            if !receive(waiting: true) && (isInputClosed || client.isClosing) { break }
         }
     }
 
@@ -222,6 +216,10 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     mutating func reserve(_ count: Int) {
         if output.count - outputCount < count { flush() }
     }
+
+    /// What `appendHeader` makes room for: a header and the fixed fields behind it. Whoever puts bytes where they will
+    /// be behind a header reserves so much more, or making room for the header moves it away from them.
+    var headerRoom: Int { mode.replySize + 64 }
 
     /// The free part of the output.
     @inline(__always)
@@ -251,7 +249,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     /// Appends a chunk's header; what `length` promises must follow.
     @inline(__always)
     mutating func appendHeader(_ type: UInt16, done: Bool, cookie: UInt64, offset: UInt64, length: Int) {
-        reserve(mode.replySize + 64)
+        reserve(headerRoom)
         ReplyHeader(
             flags: done ? NBD.Chunk.flagDone : 0, type: type, cookie: cookie, offset: offset, length: UInt64(length)
         ).store(mode, into: free)
@@ -309,7 +307,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     ) {
         let text = Self.cut(error.message)
         let hasOffset = type == NBD.Chunk.errorOffset
-        reserve(mode.replySize + 64 + text.count)
+        reserve(headerRoom + text.count)
         appendHeader(
             type, done: done, cookie: cookie, offset: requestOffset, length: 6 + text.count + (hasOffset ? 8 : 0))
         append(error.kind.errorValue)

@@ -126,7 +126,8 @@ extension Connection where Link: ~Copyable {
             if sent < count {
                 padChunk(count - sent)
                 let error = BlockError(
-                    .inputOutput, "reading \(count - sent) bytes at \(state.position + UInt64(sent)) of "
+                    .inputOutput,
+                    "reading \(count - sent) bytes at \(state.position + UInt64(sent)) of "
                         + "\(export.info.name): the file failed, or ends earlier than when it was opened")
                 failPart(state, error, at: state.position + UInt64(sent), done: false)
             }
@@ -163,7 +164,7 @@ extension Connection where Link: ~Copyable {
         while offset < end && isAlive {
             var count = Int(min(end - offset, UInt64(Self.pieceMax)))
             if file.traits.contains(.tryable) {
-                reserve(headerSize + count)
+                reserve(headerRoom + count)
                 let start = outputCount + headerSize
                 let target = UnsafeMutableRawBufferPointer(rebasing: output[start..<(start + count)])
                 let got = file.tryRead(into: target, at: offset)
@@ -197,7 +198,7 @@ extension Connection where Link: ~Copyable {
         while offset < end && isAlive {
             let count = Int(min(end - offset, UInt64(Self.pieceMax)))
             if source.isPrompt {
-                reserve(headerSize + count)
+                reserve(headerRoom + count)
                 let start = outputCount + headerSize
                 try source.read(
                     into: UnsafeMutableRawBufferPointer(rebasing: output[start..<(start + count)]), at: offset)
@@ -291,40 +292,59 @@ extension Connection where Link: ~Copyable {
 
     // MARK: - In one piece
 
+    /// How far a read in one piece came without waiting.
+    private enum Inline {
+        case done
+        /// All of it lies at one place of a file, but not in memory.
+        case missed(FileRef, offset: UInt64, version: UInt64)
+        case blocked
+    }
+
     /// Answers a read of at most one piece without fragmenting it.
     private mutating func readWhole(_ request: Request, _ range: Range<UInt64>) {
         let count = Int(request.length)
-        let before = outputCount
+        var outcome = Inline.blocked
         do throws(BlockError) {
-            if export.options.readDelayMS == 0, try fillInline(request, range, count) {
-                counts.reads += 1
-                counts.bytesRead += request.length
-                return
-            }
-        } catch {
-            outputCount = min(before, outputCount)
-            return replyError(request, error)
+            if export.options.readDelayMS == 0 { outcome = try fillInline(request, range, count) }
+        } catch { return replyError(request, error) }
+        switch outcome {
+        case .done:
+            counts.reads += 1
+            counts.bytesRead += request.length
+        case .missed(let file, let offset, let version):
+            let (start, wanted, skip) = aligned(file, offset, count)
+            let slot = takeWholeSlot(request, room: wanted)
+            withSlot(slot) { $0.version = version }
+            submitRead(slot, file, start, wanted: wanted, skip: skip, deviceOffset: request.offset)
+        case .blocked:
+            let slot = takeWholeSlot(request, room: count)
+            readOnLane(slot, at: request.offset, delayMS: export.options.readDelayMS)
         }
-        let slot = takeSlot(bytes: count)
+    }
+
+    private mutating func takeWholeSlot(_ request: Request, room: Int) -> Int {
+        let slot = takeSlot(bytes: room)
         withSlot(slot) {
             $0.kind = .whole
             $0.cookie = request.cookie
             $0.requestOffset = request.offset
             $0.requestLength = request.length
             $0.offset = request.offset
-            $0.length = count
+            $0.length = Int(request.length)
             $0.command = NBD.Command.read
         }
-        readOnLane(slot, at: request.offset, delayMS: export.options.readDelayMS)
+        return slot
     }
 
     /// Puts header and bytes in the output if that needs no waiting; otherwise leaves the output as it was.
-    private mutating func fillInline(_ request: Request, _ range: Range<UInt64>, _ count: Int) throws(BlockError) -> Bool {
+    private mutating func fillInline(_ request: Request, _ range: Range<UInt64>, _ count: Int) throws(BlockError)
+        -> Inline
+    {
         let headerSize = mode == .simple ? 16 : mode.replySize + 8
-        reserve(headerSize + count)
+        reserve(headerRoom + count)
         let version = device.mapVersion
         extents.removeAll()
-        guard try device.map(range, .resident, into: &extents) == range.upperBound else { return false }
+        guard try device.map(range, .resident, into: &extents) == range.upperBound else { return .blocked }
         var position = outputCount + headerSize
         for index in 0..<extents.count {
             let extent = extents[index]
@@ -332,17 +352,20 @@ extension Connection where Link: ~Copyable {
             let part = UnsafeMutableRawBufferPointer(rebasing: output[position..<(position + length)])
             switch extent.place {
             case .zeros: part.initializeMemory(as: UInt8.self, repeating: 0)
-            case .file(let file, let offset): if file.tryRead(into: part, at: offset) < length { return false }
+            case .file(let file, let offset):
+                if file.tryRead(into: part, at: offset) < length {
+                    return extents.count == 1 ? .missed(file, offset: offset, version: version) : .blocked
+                }
             case .source(let source, let offset):
-                guard source.source.isPrompt else { return false }
+                guard source.source.isPrompt else { return .blocked }
                 try source.source.read(into: part, at: offset)
             }
             position += length
         }
-        if device.mapVersion != version { return false }
+        if device.mapVersion != version { return .blocked }
         appendWholeHeader(cookie: request.cookie, offset: request.offset, at: request.offset, count: count)
         outputCount += count
-        return true
+        return .done
     }
 
     /// The header of a read that is answered in one piece.

@@ -5,6 +5,9 @@ import LinuxIO
 extension Connection where Link: ~Copyable {
     /// The most extents in one context's reply: it may be shorter than was asked, and memory stays bounded.
     static var statusExtentsMax: Int { 8192 }
+    /// The most bytes that one reply tells about, for the same reason: a map of this many bytes takes a lane well under
+    /// a second, however it is made.
+    static var statusLengthMax: UInt64 { 1 << 40 }
 
     mutating func blockStatus(_ request: Request) {
         var request = request
@@ -19,7 +22,8 @@ extension Connection where Link: ~Copyable {
                 throw BlockError(.invalid, "block status: no meta context was negotiated")
             }
             let range = try export.check(offset: request.offset, length: request.length)
-            submitStatus(request, range, wanted)
+            let end = range.lowerBound + min(range.count64, Self.statusLengthMax)
+            submitStatus(request, range.lowerBound..<end, wanted)
         } catch { replyError(request, error) }
     }
 
@@ -69,7 +73,8 @@ private struct StatusReply: Sendable {
     let requestOffset: UInt64
     let extentsMax: Int
 
-    func make(_ range: Range<UInt64>, _ contexts: [(id: UInt32, context: StatusContext)]) throws(BlockError) -> [UInt8] {
+    func make(_ range: Range<UInt64>, _ contexts: [(id: UInt32, context: StatusContext)]) throws(BlockError) -> [UInt8]
+    {
         var reply: [UInt8] = []
         var list = StatusList(capacity: extentsMax)
         for (index, (id, context)) in contexts.enumerated() {

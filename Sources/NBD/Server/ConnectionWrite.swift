@@ -11,7 +11,7 @@ extension Connection where Link: ~Copyable {
         }
         do throws(BlockError) {
             return try export.check(offset: request.offset, length: request.length)
-        } catch where error.kind == .outOfRange && request.command != NBD.Command.trim {
+        } catch  where error.kind == .outOfRange && request.command != NBD.Command.trim {
             // A write past the end is told as "no space" (NBD protocol, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES).
             throw BlockError(.noSpace, error.message)
         }

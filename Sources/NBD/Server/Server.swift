@@ -33,6 +33,8 @@ public final class ClientRecord: Sendable {
     private let read = Atomic<UInt64>(0)
     private let written = Atomic<UInt64>(0)
     private let errorsLogged = Atomic<Int>(0)
+    /// The thread that serves the client, while it does.
+    private let thread = Locked<pthread_t?>(nil)
 
     /// The most errors of one client that are logged; the rest are counted.
     static let errorsLoggedMax = 20
@@ -67,10 +69,23 @@ public final class ClientRecord: Sendable {
         if count == Self.errorsLoggedMax { note("further errors of this client are counted, not logged") }
     }
 
-    /// Takes no more requests: what was received is answered, then the connection ends.
+    /// Runs the body as the thread that serves the client, so that `close` can wake it.
+    func whileServing(_ body: () -> Void) {
+        thread.withLock { $0 = pthread_self() }
+        body()
+        thread.withLock { $0 = nil }
+    }
+
+    /// Takes no more requests: what was received is answered, then the connection ends. To be called again while the
+    /// client is still there: a thread that was just about to wait misses a single wake-up.
+    ///
+    /// Shutting the socket down for reading would wake it, too, but TCP then answers the next request with a reset,
+    /// which can destroy replies on their way.
     func close() {
         closing.store(true, ordering: .relaxed)
-        if let descriptor { shutdown(descriptor.number, Int32(SHUT_RD)) }
+        thread.withLock { thread in
+            if let thread { pthread_kill(thread, SIGURG) }
+        }
     }
 
     /// Ends the connection at once.
@@ -113,6 +128,10 @@ public final class Server: Sendable {
         self.onLeave = onLeave
         // A client that vanishes while a file is sent to it must not end the process.
         signal(SIGPIPE, SIG_IGN)
+        // SIGURG only interrupts a thread's wait (ClientRecord.close): a handler that does nothing, without SA_RESTART.
+        var interrupt = sigaction()
+        interrupt.__sigaction_handler.sa_handler = { _ in }
+        sigaction(SIGURG, &interrupt, nil)
     }
 
     /// The clients at this time, oldest first.
@@ -157,7 +176,7 @@ public final class Server: Sendable {
         }
         do throws(BlockError) {
             try startThread(name: "client \(client.id)") {
-                self.converse(client, input: socket.number, output: socket.number)
+                client.whileServing { self.converse(client, input: socket.number, output: socket.number) }
                 withExtendedLifetime(socket) {}
             }
         } catch {
@@ -225,13 +244,17 @@ public final class Server: Sendable {
         var count = 0
         guard ServerHandshake.greeting.withUnsafeBytes({ link.send($0, more: false) }) else { return nil }
         while !client.isClosing {
-            guard waitForInput(link.inputDescriptor, until: deadline) else {
+            guard waitForInput(link.inputDescriptor, client, until: deadline) else {
+                if client.isClosing { return nil }
                 client.note("the handshake took longer than \(limits.handshakeSeconds) s")
                 return nil
             }
             let space = UnsafeMutableRawBufferPointer(rebasing: buffer[count...])
-            guard case .bytes(let got) = link.receive(into: space, waiting: true) else { return nil }
-            count += got
+            switch link.receive(into: space, waiting: true) {
+            case .bytes(let got): count += got
+            case .nothing: continue
+            case .closed: return nil
+            }
             var output: [UInt8] = []
             let (consumed, outcome) = handshake.receive(
                 UnsafeRawBufferPointer(rebasing: buffer[..<count]), into: &output)
@@ -247,8 +270,8 @@ public final class Server: Sendable {
         return nil
     }
 
-    private func waitForInput(_ descriptor: Int32, until deadline: Double) -> Bool {
-        while true {
+    private func waitForInput(_ descriptor: Int32, _ client: ClientRecord, until deadline: Double) -> Bool {
+        while !client.isClosing {
             let left = deadline - monotonicSeconds()
             if left <= 0 { return false }
             var ready = pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0)
@@ -256,36 +279,41 @@ public final class Server: Sendable {
             if result > 0 { return true }
             if result < 0 && errno != EINTR { return false }
         }
+        return false
     }
 
-    /// Ends a client after answering what it has sent; false when there is none with this id.
-    public func disconnect(_ id: Int) -> Bool {
-        guard let client = state.withLock({ $0.clients[id] }) else { return false }
-        client.close()
+    /// Has clients finish and waits until they are gone; cuts off those that are still there after a time.
+    private func finish(seconds: Double, _ concerned: @escaping (ClientRecord) -> Bool) {
+        let deadline = monotonicSeconds() + seconds
+        while true {
+            let left = clients.filter(concerned)
+            if left.isEmpty { return }
+            if monotonicSeconds() >= deadline { break }
+            for client in left { client.close() }
+            usleep(5000)
+        }
+        for client in clients where concerned(client) { client.abort() }
+        let hardDeadline = monotonicSeconds() + 2
+        while monotonicSeconds() < hardDeadline && clients.contains(where: concerned) { usleep(5000) }
+    }
+
+    /// Ends a client after answering what it has sent, and waits until it is gone; false when there is none of this id.
+    public func disconnect(_ id: Int, seconds: Double = 10) -> Bool {
+        guard clients.contains(where: { $0.id == id }) else { return false }
+        finish(seconds: seconds) { $0.id == id }
         return true
     }
 
     /// Ends every client of an export after answering what it has sent, and waits until they are gone.
     public func disconnectAll(from export: String, seconds: Double) {
-        for client in clients where client.export == export { client.close() }
-        let deadline = monotonicSeconds() + seconds
-        while monotonicSeconds() < deadline && clients.contains(where: { $0.export == export }) { usleep(2000) }
-        for client in clients where client.export == export { client.abort() }
+        finish(seconds: seconds) { $0.export == export }
     }
 
     /// Accepts nobody any more, answers what clients have sent, and waits for them to go; cuts them off after a time.
     public func stop(graceSeconds: Double) {
-        let clients = state.withLock { state in
-            state.isStopping = true
-            return Array(state.clients.values)
-        }
+        state.withLock { $0.isStopping = true }
         var one: UInt64 = 1
         write(wake.number, &one, 8)
-        for client in clients { client.close() }
-        let deadline = monotonicSeconds() + graceSeconds
-        while monotonicSeconds() < deadline && !self.clients.isEmpty { usleep(2000) }
-        for client in self.clients { client.abort() }
-        let hardDeadline = monotonicSeconds() + 2
-        while monotonicSeconds() < hardDeadline && !self.clients.isEmpty { usleep(2000) }
+        finish(seconds: graceSeconds) { _ in true }
     }
 }

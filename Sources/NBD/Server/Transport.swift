@@ -8,7 +8,7 @@ import LinuxIO
 enum Received {
     /// This many bytes, at least 1.
     case bytes(Int)
-    /// Nothing has arrived yet.
+    /// Nothing has arrived yet, or a signal interrupted the wait.
     case nothing
     /// The peer has closed, the connection broke, or it made no progress in time.
     case closed
@@ -20,7 +20,7 @@ protocol Transport: ~Copyable {
     var canSendFile: Bool { get }
     /// The descriptor that becomes readable when something arrives.
     var inputDescriptor: Int32 { get }
-    /// Receives what has arrived; waits for at least one byte if `waiting`.
+    /// Receives what has arrived; waits for at least one byte, or a signal, if `waiting`.
     mutating func receive(into buffer: UnsafeMutableRawBufferPointer, waiting: Bool) -> Received
     /// Sends all bytes; false when the stream is broken. `more` tells that further bytes follow at once.
     mutating func send(_ bytes: UnsafeRawBufferPointer, more: Bool) -> Bool
@@ -56,16 +56,13 @@ struct PlainTransport: Transport, ~Copyable {
     var canSendFile: Bool { isSocket }
 
     mutating func receive(into buffer: UnsafeMutableRawBufferPointer, waiting: Bool) -> Received {
-        while true {
-            let got =
-                isSocket
-                ? recv(inputDescriptor, buffer.baseAddress, buffer.count, waiting ? 0 : Int32(MSG_DONTWAIT))
-                : readPipe(buffer, waiting: waiting)
-            if got > 0 { return .bytes(got) }
-            if got == 0 { return .closed }
-            if errno == EINTR { continue }
-            return errno == EAGAIN && !waiting ? .nothing : .closed
-        }
+        let got =
+            isSocket
+            ? recv(inputDescriptor, buffer.baseAddress, buffer.count, waiting ? 0 : Int32(MSG_DONTWAIT))
+            : readPipe(buffer, waiting: waiting)
+        if got > 0 { return .bytes(got) }
+        if got == 0 { return .closed }
+        return errno == EINTR || (errno == EAGAIN && !waiting) ? .nothing : .closed
     }
 
     private func readPipe(_ buffer: UnsafeMutableRawBufferPointer, waiting: Bool) -> Int {

@@ -1,0 +1,45 @@
+// The one way from an image to the other files it names: its caller decides which of them may be opened.
+public import Block
+
+/// A file that is open, with what is needed to go on from it.
+public struct ResolvedFile: Sendable {
+    /// The file's bytes as they are.
+    public let device: any BlockDevice
+    /// What the file is, whatever name led to it, for example device and inode number: two files with the same identity
+    /// are the same file. A backing chain that comes back to one is a loop.
+    public let identity: String
+    /// Opens the files that this one names; nil when none may be opened from here.
+    public let resolver: (any FileResolver)?
+
+    /// An open file.
+    public init(device: any BlockDevice, identity: String, resolver: (any FileResolver)?) {
+        self.device = device
+        self.identity = identity
+        self.resolver = resolver
+    }
+}
+
+/// Opens siblings of one image: backing files, data files, extents.
+///
+/// Names come from inside images and are not to be trusted. An implementation opens nothing outside the directories
+/// that the user allowed, by default the image's own.
+public protocol FileResolver: Sendable {
+    /// Opens a file for reading.
+    ///
+    /// - Parameter name: as it stands in the image: relative to the image's directory, or absolute. It is not empty and
+    ///   has no protocol prefix.
+    /// - Throws: `.notFound`, `.denied` when the name leads out of the allowed directories, or what opening throws.
+    func open(_ name: String) throws(BlockError) -> ResolvedFile
+}
+
+/// Refuses names that are no plain file names, saying why.
+func checkSiblingName(_ name: String, _ role: String, of image: String) throws(BlockError) {
+    if name.isEmpty { throw BlockError(.corrupt, "opening \(image): the name of its \(role) is empty") }
+    // As qemu has it: a colon before any slash starts a protocol or a JSON description.
+    let beforeSlash = name.prefix { $0 != "/" }
+    guard let colon = beforeSlash.firstIndex(of: ":") else { return }
+    throw BlockError(
+        .unsupported,
+        "opening \(image): its \(role) \"\(name)\" is named by protocol (\(beforeSlash[..<colon]):), and images are not "
+            + "allowed to make diskgate connect anywhere; record a file name with qemu-img rebase -u -b FILE -F FORMAT")
+}

@@ -1,0 +1,102 @@
+"""The cases by name, and which servers and disks each of them compares."""
+
+import fnmatch
+from dataclasses import dataclass
+
+from .process import BenchError
+from .servers import Server
+from .workloads import FLOOR, Copy, CopyIn, Fio, Load, Row, Start
+
+Workload = Copy | CopyIn | Fio | Load | Start
+
+EVERY_SERVER = ("diskgate", "nbdkit", "qemu-nbd", "qemu-nbd-uring", "nbd-server")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    summary: str
+    workload: Workload
+    servers: tuple[str, ...] = EVERY_SERVER
+    disk: str = "raw"
+    # Rows beside each server with `disk`: (label, server, disk).
+    extra_rows: tuple[tuple[str, str, str], ...] = ()
+    rounds_per_repetition: int = 1
+
+    @property
+    def programs(self) -> dict[str, str]:
+        """The client programs that the case needs, and their Debian packages."""
+        match self.workload:
+            case Copy() | CopyIn():
+                needed = {"nbdcopy": "libnbd-bin"}
+            case Fio():
+                needed = {"fio": "fio"}
+            case _:
+                needed = {}
+        return needed | ({"qemu-img": "qemu-utils"} if self.disk == "qcow2" else {})
+
+    @property
+    def disks(self) -> set[str]:
+        return {self.disk} | {disk for _, _, disk in self.extra_rows}
+
+    def rows(self, servers: dict[str, Server], selected: set[str]) -> list[Row]:
+        wanted = [(name, name, self.disk) for name in self.servers] + list(self.extra_rows)
+        return [Row(label, servers.get(name), disk) for label, name, disk in wanted if name in selected]
+
+
+def _load(connections: int, depth: int) -> str:
+    return f"{connections} connection{'s' * (connections > 1)}, {depth} in flight on each"
+
+
+def _hot(connections: int, depth: int, suffix: str = "", **options) -> Case:
+    return Case(f"rand-read-hot-{connections}x{depth}{suffix}",
+                f"4 KiB random reads from the page cache, {_load(connections, depth)}"
+                + (", TCP loopback" if suffix else ""), Load(connections, depth, **options))
+
+
+def _cold(connections: int, depth: int) -> Case:
+    return Case(f"rand-read-cold-{connections}x{depth}",
+                f"4 KiB random reads of a large evicted file, {_load(connections, depth)}",
+                Load(connections, depth, cold=True), disk="cold")
+
+
+_FLOOR_ROW = ((FLOOR, FLOOR, "raw"),)
+
+CASES = [
+    Case("seq-read-unix", "nbdcopy to null:, page cache, unix socket", Copy(), extra_rows=_FLOOR_ROW),
+    Case("seq-read-tcp", "nbdcopy to null:, page cache, TCP loopback", Copy(tcp=True)),
+    Case("seq-read-cold", "nbdcopy to null:, evicted file, unix socket", Copy(cold=True), extra_rows=_FLOOR_ROW),
+    Case("seq-read-sparse", "nbdcopy to null: of a disk allocated to 30 %, page cache, unix socket; GiB of disk",
+         Copy(), disk="sparse"),
+    Case("seq-write-unix", "nbdcopy from a file to a writable export over existing data, unix socket",
+         CopyIn(), disk="target"),
+    _hot(1, 1), _hot(1, 32), _hot(4, 32), _hot(32, 4), _hot(1, 32, "-tcp", tcp=True),
+    _cold(1, 32), _cold(4, 16),
+    Case("rand-write-1x32", "4 KiB random writes over existing data, 1 connection, 32 in flight",
+         Load(1, 32, write=True), disk="target"),
+    Case("fio-read-8", "fio, 4 KiB random reads from the page cache, depth 8", Fio(8)),
+    Case("fio-read-32", "fio, 4 KiB random reads from the page cache, depth 32", Fio(32)),
+    Case("qcow2-seq", "nbdcopy to null: of a qcow2 image with 64 KiB clusters, page cache, unix socket",
+         Copy(), servers=("diskgate", "qemu-nbd", "qemu-nbd-uring"), disk="qcow2",
+         extra_rows=(("diskgate, the same data raw", "diskgate", "raw"),)),
+    Case("rss-32-4k", "memory under 32 busy connections: 4 KiB random reads, 4 in flight on each",
+         Load(32, 4, memory=True)),
+    Case("rss-32-256k", "memory under 32 busy connections: 256 KiB random reads, 4 in flight on each",
+         Load(32, 4, block=256 * 1024, memory=True)),
+    # Starts take milliseconds and vary: more of them cost next to nothing.
+    # nbd-server goes to the background, so nobody can say when it has started.
+    Case("start", "from exec of the server to the first 4 KiB read", Start(),
+         servers=("diskgate", "nbdkit", "qemu-nbd"), rounds_per_repetition=4),
+]
+
+
+def select_cases(patterns: list[str]) -> list[Case]:
+    """The cases that match any of the names, families (`fio-read`) or globs; all without any."""
+    chosen = []
+    for pattern in patterns:
+        found = [case for case in CASES if case.name == pattern] or [
+            case for case in CASES if case.name.startswith(pattern + "-") or fnmatch.fnmatchcase(case.name, pattern)]
+        if not found:
+            raise BenchError(f"no case is called {pattern}: see --list")
+        chosen += found
+    return [case for case in CASES if case in chosen or not patterns]

@@ -1,0 +1,40 @@
+// swift-tools-version: 6.2
+// Fuzzing of everything that parses bytes from outside. A package of its own: libFuzzer and its flags stay out of the
+// program. Scripts/fuzz builds and runs it.
+import PackageDescription
+
+let settings: [SwiftSetting] = [
+    .enableUpcomingFeature("ExistentialAny"),
+    .enableUpcomingFeature("InternalImportsByDefault"),
+    .enableUpcomingFeature("MemberImportVisibility"),
+]
+
+let gnuSource: [CSetting] = [.define("_GNU_SOURCE")]
+
+/// A program that fuzzes one parser.
+func fuzzer(_ name: String, _ uses: [String]) -> Target {
+    .executableTarget(
+        name: name,
+        dependencies: ["FuzzSupport"] + (["Block"] + uses).map { .product(name: $0, package: "diskgate-package") },
+        cSettings: gnuSource, swiftSettings: settings)
+}
+
+let package = Package(
+    name: "diskgate-fuzz",
+    dependencies: [.package(name: "diskgate-package", path: "../..")],
+    targets: [
+        .systemLibrary(name: "CFuzzer"),
+        .target(
+            name: "FuzzSupport",
+            dependencies: [
+                "CFuzzer", .product(name: "Block", package: "diskgate-package"),
+                .product(name: "LinuxIO", package: "diskgate-package"),
+                .product(name: "NBD", package: "diskgate-package"),
+            ], cSettings: gnuSource, swiftSettings: settings),
+        fuzzer("OptionsFuzz", ["LinuxIO", "NBD"]),
+        fuzzer("PartitionsFuzz", ["Formats"]),
+        fuzzer("Qcow2Fuzz", ["Formats", "LinuxIO"]),
+        fuzzer("TransmissionFuzz", ["LinuxIO", "NBD"]),
+    ],
+    swiftLanguageModes: [.v6]
+)
