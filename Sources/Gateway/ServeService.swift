@@ -67,8 +67,8 @@ public struct ServeService {
         let server = try Server(directory: registry, limits: request.limits, log: request.log) { left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
-        // With a socket from its parent (libnbd's "[ COMMAND ]" syntax hands one over), standard input is no client. The
-        // one client there has no socket that could be shut down: signals end the process as usual.
+        // With a socket from its parent (libnbd's "[ COMMAND ]" hands one over), standard input is no client. The one
+        // client there has no socket that could be shut down: signals end the process as usual.
         if request.usesStandardIO && inherited.isEmpty {
             server.serve(input: STDIN_FILENO, output: STDOUT_FILENO)
             return 0

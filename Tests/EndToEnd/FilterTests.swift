@@ -1,4 +1,4 @@
-// What lies over a source: an overlay that leaves it alone, faults that are told, a rate limit and delays that lose nothing.
+// What lies over a source: an overlay that leaves it alone, faults that are told, limits and delays that lose nothing.
 import Glibc
 import Testing
 

@@ -1,4 +1,4 @@
-// Clients and sockets that a parent hands over: standard input and output, systemd's socket activation, libnbd's brackets.
+// Clients and sockets that a parent hands over: standard input and output, socket activation, libnbd's brackets.
 import Glibc
 import Testing
 

@@ -18,7 +18,8 @@ import Testing
             for index in range(48):
                 buffer = nbd.Buffer(65536)
                 buffers.append(buffer)
-                h.aio_pread(buffer, index * 65536, completion=lambda error, index=index: done.append((index, error.value)) or 1)
+                def finish(error, index=index): return done.append((index, error.value)) or 1
+                h.aio_pread(buffer, index * 65536, completion=finish)
             open(sys.argv[3], "w").close()
             while len(done) < 48: h.poll(-1)
             for index, error in done:
