@@ -61,12 +61,15 @@ public struct ServeService {
     /// - Returns: the exit status: 0, or the command's.
     /// - Throws: `BlockError` when it cannot listen or start.
     public func run() throws(BlockError) -> Int32 {
+        let inherited = ServiceManager.inheritedSockets()
         let event = stopEvent
         let exitsWithLast = request.exitsWithLast
         let server = try Server(directory: registry, limits: request.limits, log: request.log) { left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
-        if request.usesStandardIO {
+        // With a socket from its parent (libnbd's "[ COMMAND ]" hands one over), standard input is no client. The one
+        // client there has no socket that could be shut down: signals end the process as usual.
+        if request.usesStandardIO && inherited.isEmpty {
             server.serve(input: STDIN_FILENO, output: STDOUT_FILENO)
             return 0
         }
@@ -77,7 +80,6 @@ public struct ServeService {
             for path in cleanUp { unlink(path) }
             if let privateDirectory { rmdir(privateDirectory) }
         }
-        let inherited = ServiceManager.inheritedSockets()
         var addresses = inherited.isEmpty ? request.listen : []
         if inherited.isEmpty && addresses.isEmpty, request.command != nil {
             let directory = try makePrivateDirectory()

@@ -98,7 +98,7 @@ struct ServeCommand: ParsableCommand {
             valueName: "command"))
     var command: String?
 
-    @Flag(help: "Serve one client on standard input and output.")
+    @Flag(help: "Serve one client on standard input and output, unless a socket was handed over (LISTEN_FDS).")
     var stdio = false
 
     @Flag(name: .shortAndLong, help: "Tell about every client.")

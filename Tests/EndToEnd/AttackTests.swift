@@ -27,7 +27,7 @@ import Testing
     private func attack(_ access: [String], _ script: String) throws {
         let folder = try Folder()
         let image = try folder.image("disk")
-        try serving(access + [image], in: folder) { gateway in
+        try serving(access + [image], in: folder) { (gateway) throws in
             _ = try python(Self.prelude + script, gateway.uri())
             #expect(try run("nbdinfo", "--size", gateway.uri()).lines == ["\(24 << 20)"])
         }
@@ -84,7 +84,7 @@ import Testing
 
     @Test func `CVE-2025-47711: block status of 2^32-1 on an 8 GiB disk`() throws {
         let folder = try Folder()
-        try serving(["pattern:8G?seed=1&allocated=100%"], in: folder) { gateway in
+        try serving(["pattern:8G?seed=1&allocated=100%"], in: folder) { (gateway) throws in
             _ = try python(
                 Self.prelude + """
                     for offset in [0, 1, 511, 4095, 2**32 - 1, 2**32, 2**32 + 1]:

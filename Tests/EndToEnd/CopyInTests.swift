@@ -7,7 +7,7 @@ import Testing
         let folder = try Folder()
         let image = try folder.image("disk")
         let target = try folder.filled("target")
-        try serving(["--writable", target], in: folder) { gateway in
+        try serving(["--writable", target], in: folder) { (gateway) throws in
             let outcome = try Tool("nbdcopy").run(options + [image, gateway.uri()])
             #expect(outcome.status == 0, "\(outcome.errors)")
         }
@@ -19,7 +19,7 @@ import Testing
         let folder = try Folder()
         let image = try folder.image("disk")
         let target = try folder.filled("target")
-        try serving(["--writable", target], in: folder) { gateway in
+        try serving(["--writable", target], in: folder) { (gateway) throws in
             let outcome = try Tool("qemu-img").run(
                 ["convert"] + options + ["-f", "raw", "-O", "raw", image, gateway.uri()])
             #expect(outcome.status == 0, "\(outcome.errors)")
@@ -32,7 +32,7 @@ import Testing
         let folder = try Folder()
         let image = try folder.image("disk")
         let target = try folder.filled("target")
-        try serving([target], in: folder) { gateway in
+        try serving([target], in: folder) { (gateway) throws in
             let outcome = try attempt("nbdcopy", image, gateway.uri())
             #expect(outcome.status != 0)
         }

@@ -10,7 +10,7 @@ import Testing
         let folder = try Folder()
         let image = try folder.image("disk", size: (24 << 20) + 512)
         let copy = try folder.filled("copy", size: (24 << 20) + 512)
-        try serving([image], in: folder) { gateway in
+        try serving([image], in: folder) { (gateway) throws in
             let outcome = try Tool("nbdcopy").run(options + [gateway.uri(), copy])
             #expect(outcome.status == 0, "\(outcome.errors)")
         }
@@ -20,7 +20,7 @@ import Testing
     @Test func `nbdcopy to a pipe gets the same bytes`() throws {
         let folder = try Folder()
         let image = try folder.image("disk", seed: 5)
-        try serving([image], in: folder) { gateway in
+        try serving([image], in: folder) { (gateway) throws in
             try run("sh", "-c", "nbdcopy '\(gateway.uri())' - | cmp - '\(image)'")
         }
     }
@@ -29,7 +29,7 @@ import Testing
         let folder = try Folder()
         let copy = try folder.filled("copy", size: 200 << 20)
         let source = "pattern:200M?seed=3&allocated=40%"
-        try serving([source], in: folder) { gateway in try run("nbdcopy", gateway.uri(), copy) }
+        try serving([source], in: folder) { (gateway) throws in try run("nbdcopy", gateway.uri(), copy) }
         let theirs = try checksum(copy)
         #expect(try run("diskgate", "checksum", source).text.prefix(64) == theirs)
     }
@@ -37,7 +37,7 @@ import Testing
     @Test func `several copies at once get the same bytes`() throws {
         let folder = try Folder()
         let image = try folder.image("disk", seed: 6)
-        try serving([image], in: folder) { gateway in
+        try serving([image], in: folder) { (gateway) throws in
             let jobs = (0..<4).map { "nbdcopy '\(gateway.uri())' '\(folder.file("copy\($0)"))' & " }.joined()
             try run("sh", "-c", jobs + "wait")
         }

@@ -13,7 +13,7 @@ import Testing
     func `every ability is told as it is`(_ access: String, _ can: [String], _ cannot: [String]) throws {
         let folder = try Folder()
         let image = try folder.image("disk")
-        try serving((access.isEmpty ? [] : [access]) + [image], in: folder) { gateway in
+        try serving((access.isEmpty ? [] : [access]) + [image], in: folder) { (gateway) throws in
             for ability in Self.always + can {
                 #expect(try attempt("nbdinfo", "--can", ability, gateway.uri()).status == 0, "\(ability)")
             }
@@ -31,7 +31,7 @@ import Testing
         let one = try folder.image("one", size: 5 << 20)
         let two = try folder.image("two", size: 6 << 20)
         let arguments = [one, two, "--name", "alpha", "--description", "the first", "--name", "beta"]
-        try serving(arguments, in: folder) { gateway in
+        try serving(arguments, in: folder) { (gateway) throws in
             let list = try run("nbdinfo", "--list", gateway.uri()).lines
             #expect(
                 list.contains { $0.hasPrefix("export=\"alpha\"") } && list.contains { $0.hasPrefix("export=\"beta\"") })
@@ -47,7 +47,7 @@ import Testing
     @Test func `the map is that of the file, and diskgate's own`() throws {
         let folder = try Folder()
         let image = try folder.image("disk")
-        try serving([image], in: folder) { gateway in
+        try serving([image], in: folder) { (gateway) throws in
             let map = try run("nbdinfo", "--map", gateway.uri()).lines
             #expect(map.count > 4)
             func columns(_ lines: [String]) -> [[Substring]] { lines.map { $0.split(separator: " ") } }
@@ -64,7 +64,7 @@ import Testing
     @Test func `the depth of an overlay tells what was written`() throws {
         let folder = try Folder()
         let image = try folder.filled("disk", size: 1 << 20)
-        try serving(["--overlay", image], in: folder) { gateway in
+        try serving(["--overlay", image], in: folder) { (gateway) throws in
             try run("qemu-io", "-f", "raw", "-c", "write -P 1 64k 1", gateway.uri())
             let depth = try run("nbdinfo", "--map=qemu:allocation-depth", gateway.uri()).lines
                 .map { $0.split(separator: " ").map(String.init) }

@@ -6,7 +6,7 @@ import Testing
     func `patterns come back, and zeros where zeros were asked for`(_ access: String) throws {
         let folder = try Folder()
         let image = try folder.filled("disk")
-        try serving([access, image], in: folder) { gateway in
+        try serving([access, image], in: folder) { (gateway) throws in
             let commands = [
                 "write -P 0xaa 0 1M", "write -z 256k 256k", "read -P 0xaa 0 256k", "read -P 0 256k 256k",
                 "read -P 0xaa 512k 512k", "write -z -u 1000 3001", "read -P 0 1000 3001", "read -P 0xaa 999 1",
@@ -26,7 +26,7 @@ import Testing
     @Test func `what one client wrote, another reads, and the file has it in the end`() throws {
         let folder = try Folder()
         let image = try folder.filled("disk", size: 4 << 20)
-        try serving(["--writable", image], in: folder) { gateway in
+        try serving(["--writable", image], in: folder) { (gateway) throws in
             try run("qemu-io", "-f", "raw", "-c", "write -P 9 1M 1M", gateway.uri())
             try run("qemu-io", "-f", "raw", "-r", "-c", "read -P 9 1M 1M", "-c", "read -P 0x5a 0 1M", gateway.uri())
         }

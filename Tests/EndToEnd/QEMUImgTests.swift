@@ -5,7 +5,7 @@ import Testing
     @Test func `info, map and check speak of the same disk`() throws {
         let folder = try Folder()
         let image = try folder.image("disk")
-        try serving([image], in: folder) { gateway in
+        try serving([image], in: folder) { (gateway) throws in
             let info = try run("qemu-img", "info", "--output=json", "-f", "raw", gateway.uri()).text
             #expect(info.contains("\"virtual-size\": \(24 << 20)"))
             func map(_ source: String) throws -> [String] {
@@ -26,7 +26,7 @@ import Testing
         let image = try folder.image("disk")
         let other = try folder.image("other")
         try run("sh", "-c", "printf x | dd of='\(other)' bs=1 seek=20000001 conv=notrunc status=none")
-        try serving([image], in: folder) { gateway in
+        try serving([image], in: folder) { (gateway) throws in
             try run("qemu-img", "compare", "-f", "raw", "-F", "raw", gateway.uri(), image)
             let outcome = try attempt("qemu-img", "compare", "-f", "raw", "-F", "raw", gateway.uri(), other)
             #expect(outcome.status == 1)
@@ -39,7 +39,7 @@ import Testing
         let folder = try Folder()
         let image = try folder.image("disk")
         let copy = folder.file("copy.qcow2")
-        try serving([image], in: folder) { gateway in
+        try serving([image], in: folder) { (gateway) throws in
             let outcome = try Tool("qemu-img").run(
                 ["convert"] + options + ["-f", "raw", "-O", "qcow2", gateway.uri(), copy])
             #expect(outcome.status == 0, "\(outcome.errors)")
@@ -51,7 +51,7 @@ import Testing
     @Test func `a qcow2 image lives on a writable export`() throws {
         let folder = try Folder()
         let target = try folder.filled("target", size: 32 << 20)
-        try serving(["--writable", target], in: folder) { gateway in
+        try serving(["--writable", target], in: folder) { (gateway) throws in
             try run("qemu-img", "create", "-f", "qcow2", gateway.uri(), "16M")
             try run("qemu-io", "-f", "qcow2", "-c", "write -P 7 1M 3M", "-c", "flush", gateway.uri())
             try run("qemu-io", "-f", "qcow2", "-c", "read -P 7 1M 3M", "-c", "read -P 0 4M 12M", gateway.uri())

@@ -70,13 +70,11 @@ final class Gateway {
 }
 
 /// Runs a body while `diskgate serve` runs, which must then stop with status 0.
-@discardableResult
-func serving<R>(_ arguments: [String], in folder: Folder, _ body: (Gateway) throws -> R) throws -> R {
+func serving(_ arguments: [String], in folder: Folder, _ body: (Gateway) throws -> Void) throws {
     let gateway = try Gateway(arguments, in: folder)
-    let result = try body(gateway)
+    try body(gateway)
     let status = try gateway.stop()
     if status != 0 { throw Trouble("the server ended with \(status): \(gateway.log)") }
-    return result
 }
 
 /// Waits until something is true, at most 20 s.
