@@ -85,7 +85,7 @@ private let allModes = [HeaderMode.simple, .structured, .extended]
         let device = try NamelessFile.memory(size: 100 << 20)
         let client = try TestServer(device).enter(mode)
         let data = [UInt8](repeating: 9, count: 64 << 20 + 1)
-        #expect(try client.write(0, data).error == NBD.ErrorValue.overflow)
+        #expect(try client.write(0, data).error == NBD.ErrorValue.invalid)
         #expect(try client.write(1, Array(data.dropLast())).error == nil)
         #expect(try client.read(0, 4).data == [0, 9, 9, 9])
     }
