@@ -12,6 +12,7 @@ public final class BlockNodeDevice: BlockDevice {
     private let stable: FileRef
     private let writers: WriterCount
     private let isWriter: Bool
+    private let lost = LostWrites()
     private let restoreWritable: Bool
     private let sector: UInt64
     private let sectorLock = SectorLock()
@@ -69,7 +70,7 @@ public final class BlockNodeDevice: BlockDevice {
         }
         var madeReadOnly = false
         if options.isExclusive && !options.isWritable && !limits.isReadOnly {
-            let result = dg_block_read_only_set(node.number, true)
+            let result = dg_block_guard(node.number)
             if result < 0 { throw BlockError(errno: -result, "making \(name) read-only in the kernel (BLKROSET)") }
             madeReadOnly = true
         }
@@ -86,7 +87,7 @@ public final class BlockNodeDevice: BlockDevice {
 
     deinit {
         if isWriter { writers.writers.subtract(1, ordering: .sequentiallyConsistent) }
-        if restoreWritable { _ = dg_block_read_only_set(node.number, false) }
+        if restoreWritable { dg_block_unguard(node.number) }
     }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
@@ -160,7 +161,10 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     public func flush() throws(BlockError) {
-        if isWriter, fdatasync(node.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+        guard isWriter else { return }
+        try lost.guarding(info.name) { () throws(BlockError) in
+            if fdatasync(node.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+        }
     }
 
     public func prefetch(_ range: Range<UInt64>) {

@@ -2,6 +2,7 @@
 import Block
 import CLinux
 import Glibc
+import Synchronization
 
 /// Whether preadv2 with RWF_NOWAIT is known on a file (tmpfs refuses it, and O_DIRECT on ext4 would block).
 func probeTryable(_ descriptor: Int32) -> Bool {
@@ -94,6 +95,26 @@ func writeDirect(
                 throw BlockError(errno: errno, "cutting the file back to its \(size) bytes")
             }
             done += take
+        }
+    }
+}
+
+/// Remembers that written data was lost. The kernel tells of a failed write-back once for each open file; every
+/// connection flushes the same one, so all but the first would be told that their data is safe.
+final class LostWrites: Sendable {
+    private let happened = Atomic<Bool>(false)
+
+    /// Runs a call that makes data durable, unless data is known to be lost.
+    func guarding(_ name: String, _ body: () throws(BlockError) -> Void) throws(BlockError) {
+        if happened.load(ordering: .relaxed) {
+            throw BlockError(
+                .inputOutput, "flushing \(name): data written before could not be stored; it has to be opened anew")
+        }
+        do throws(BlockError) {
+            try body()
+        } catch {
+            if error.kind == .inputOutput { happened.store(true, ordering: .relaxed) }
+            throw error
         }
     }
 }

@@ -26,6 +26,7 @@ public final class RawFileDevice: BlockDevice {
     private let stable: FileRef
     private let writers: WriterCount
     private let isWriter: Bool
+    private let lost = LostWrites()
     private let sectorLock = SectorLock()
     // Whether the file system has refused SEEK_DATA; then everything is data.
     private let seekRefused = Atomic<Bool>(false)
@@ -190,7 +191,10 @@ public final class RawFileDevice: BlockDevice {
     }
 
     public func flush() throws(BlockError) {
-        if isWriter, fdatasync(file.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+        guard isWriter else { return }
+        try lost.guarding(info.name) { () throws(BlockError) in
+            if fdatasync(file.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+        }
     }
 
     public func prefetch(_ range: Range<UInt64>) {

@@ -3,7 +3,7 @@ import Block
 import LinuxIO
 
 extension Connection where Link: ~Copyable {
-    /// The most extents in one context's reply: it may be shorter than was asked, and memory stays bounded.
+    /// The most extents in one reply, all contexts together: it may be shorter than was asked, and memory stays bounded.
     static var statusExtentsMax: Int { 8192 }
 
     mutating func blockStatus(_ request: Request) {
@@ -53,7 +53,7 @@ extension Connection where Link: ~Copyable {
         }
         let reply = StatusReply(
             device: device, mode: mode, cookie: request.cookie, requestOffset: request.offset,
-            extentsMax: request.flags.contains(.requestOne) ? 1 : Self.statusExtentsMax)
+            extentsMax: request.flags.contains(.requestOne) ? 1 : max(Self.statusExtentsMax / wanted.count, 1))
         let chosen = wanted.compactMap { id in
             Int(id) < export.contexts.count ? (id, export.contexts[Int(id)].context) : nil
         }

@@ -243,17 +243,20 @@ public final class Server: Sendable {
         let deadline = monotonicSeconds() + Double(limits.handshakeSeconds)
         var count = 0
         guard ServerHandshake.greeting.withUnsafeBytes({ link.send($0, more: false) }) else { return nil }
+        var mustReceive = true
         while !client.isClosing {
-            guard waitForInput(link.inputDescriptor, client, until: deadline) else {
-                if client.isClosing { return nil }
-                client.note("the handshake took longer than \(limits.handshakeSeconds) s")
-                return nil
-            }
-            let space = UnsafeMutableRawBufferPointer(rebasing: buffer[count...])
-            switch link.receive(into: space, waiting: true) {
-            case .bytes(let got): count += got
-            case .nothing: continue
-            case .closed: return nil
+            if mustReceive {
+                guard waitForInput(link.inputDescriptor, client, until: deadline) else {
+                    if client.isClosing { return nil }
+                    client.note("the handshake took longer than \(limits.handshakeSeconds) s")
+                    return nil
+                }
+                let space = UnsafeMutableRawBufferPointer(rebasing: buffer[count...])
+                switch link.receive(into: space, waiting: true) {
+                case .bytes(let got): count += got
+                case .nothing: continue
+                case .closed: return nil
+                }
             }
             var output: [UInt8] = []
             let (consumed, outcome) = handshake.receive(
@@ -265,6 +268,8 @@ public final class Server: Sendable {
             case .more:
                 buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: buffer[consumed..<count]))
                 count -= consumed
+                // Something was taken: what is left may hold further options.
+                mustReceive = consumed == 0 || count == 0
             }
         }
         return nil
