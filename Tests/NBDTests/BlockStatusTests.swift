@@ -98,18 +98,14 @@ private let gigabyte: UInt64 = 1 << 30
         #expect(try status(client, 4 * gigabyte + 2, 0xFFFF_FFFF).error == NBD.ErrorValue.invalid)
     }
 
-    /// How far one answer reaches: with a finely fragmented disk, looking further would take too long.
-    private static let reachMax: UInt64 = 1 << 40
-
-    @Test func `64-bit lengths are answered in one extent, as far as one answer reaches`() throws {
+    @Test func `64-bit lengths are answered in one extent`() throws {
         let size = UInt64(Int64.max)
         let device = ScriptedDevice([], configure: { $0.size = size })
         let client = try TestServer(device).enter(.extended, contexts: Self.both)
         for (offset, length) in [(0, size), (1, size - 1), (size - 1, 1), (12345, 1 << 62)] as [(UInt64, UInt64)] {
             let answer = try status(client, offset, length)
-            let reach = min(length, Self.reachMax)
-            #expect(plain(answer.status[0]) == [[reach, 0]])
-            #expect(plain(answer.status[1]) == [[reach, 1]])
+            #expect(plain(answer.status[0]) == [[length, 0]])
+            #expect(plain(answer.status[1]) == [[length, 1]])
         }
         for (offset, length) in [(0, 1 << 63), (1, size), (size, 1), (.max, .max), (1 << 63, 1 << 63), (0, 0)]
             as [(UInt64, UInt64)]
