@@ -291,7 +291,8 @@ public struct ServerHandshake {
         }
         if isSetting && chosen.count > Self.sessionContextsMax {
             return refuse(
-                option, NBD.OptionReply.errorTooBig, "at most \(Self.sessionContextsMax) contexts at once", into: &output)
+                option, NBD.OptionReply.errorTooBig, "at most \(Self.sessionContextsMax) contexts at once",
+                into: &output)
         }
         for (id, context) in chosen {
             var item: [UInt8] = []
