@@ -93,7 +93,8 @@ public struct ServeService {
         for address in inherited.map(\.address) + addresses where !address.isLocal && !request.allowsRemote {
             throw BlockError(
                 .denied,
-                "listening on \(address): other machines could read the disks in clear text; say --tls off if you mean it"
+                "listening on \(address): other machines could read the disks in clear text; say --tls off if you "
+                    + "mean it"
             )
         }
         raiseDescriptorLimit()

@@ -52,7 +52,7 @@ public struct DiskSpecification: Sendable {
             let (end, overflow) = offset.addingReportingOverflow(length ?? (size > offset ? size - offset : 0))
             guard !overflow, offset < end else {
                 if length == 0 {
-                    throw BlockError(.invalid, "taking 0 bytes of \(source): give a length of at least 1")
+                    throw BlockError(.outOfRange, "taking 0 bytes of \(source): give a length of at least 1")
                 }
                 throw BlockError(.outOfRange, "taking bytes from \(offset) of \(source): it has only \(size)")
             }

@@ -10,16 +10,14 @@ struct CatCommand: ParsableCommand {
     @OptionGroup var source: SourceArguments
 
     func run() throws {
-        signal(SIGPIPE, SIG_IGN)
+        // Ends silently when the reader has enough, as every other program in a pipe, whatever the parent set.
+        signal(SIGPIPE, SIG_DFL)
         try source.open().forEachPiece { (bytes) throws(BlockError) in
             var done = 0
             while done < bytes.count {
                 let written = Glibc.write(STDOUT_FILENO, bytes.baseAddress?.advanced(by: done), bytes.count - done)
                 if written > 0 {
                     done += written
-                } else if errno == EPIPE {
-                    // Whoever reads has enough: no error, as with every other filter.
-                    Glibc.exit(0)
                 } else if errno != EINTR {
                     throw BlockError(errno: errno, "writing to standard output")
                 }

@@ -18,10 +18,11 @@ import Testing
         #expect(beyond.status == 1 && beyond.output.isEmpty)
     }
 
-    @Test func `cat to a reader that goes away fails, and says why`() throws {
+    @Test func `cat ends silently when its reader goes away`() throws {
         let outcome = try attempt(
             "sh", "-c", "{ '\(Tool.diskgate.path)' cat pattern:1G; echo $? >&2; } | head -c 1000 > /dev/null")
-        #expect(outcome.errors.contains("standard output") && outcome.errors.hasSuffix("1\n"))
+        // 128 and the number of SIGPIPE, as the shell tells of every other program in a pipe.
+        #expect(outcome.errors == "141\n")
     }
 
     @Test(arguments: ["sha256", "sha1", "md5", "sha512"]) func `checksum agrees with the system's tool`(_ name: String)

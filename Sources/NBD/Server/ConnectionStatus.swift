@@ -3,7 +3,7 @@ import Block
 import LinuxIO
 
 extension Connection where Link: ~Copyable {
-    /// The most extents in one reply, all contexts together: it may be shorter than was asked, and memory stays bounded.
+    /// The most extents in one reply, all contexts together: it may be shorter than was asked, and memory is bounded.
     static var statusExtentsMax: Int { 8192 }
 
     mutating func blockStatus(_ request: Request) {
