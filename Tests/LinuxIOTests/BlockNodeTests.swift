@@ -60,11 +60,33 @@ struct BlockNodeTests {
         }
     }
 
+    /// Threads may still hold the disk when the process ends, by itself or by a signal.
+    @Test(arguments: [0, SIGTERM, SIGINT])
+    func endOfTheProcessTurnsTheSwitchOff(signal: Int32) async throws {
+        let file = try Descriptor.open("/var/tmp", O_TMPFILE | O_RDWR)
+        try require(ftruncate(file.number, 1 << 20) == 0)
+        let node = try LoopDevice.attach("/proc/\(getpid())/fd/\(file.number)", sectorSize: 512)
+        defer { LoopDevice.detach(node) }
+        let condition: ExitTest.Condition = signal == 0 ? .success : .signal(signal)
+        await #expect(processExitsWith: condition) { [node = node as String, signal = signal as Int32] in
+            var options = RawOptions()
+            options.isExclusive = true
+            let device = try BlockNodeDevice.open(node, options)
+            try startThread(name: "holder") { while true { withExtendedLifetime(device) { _ = pause() } } }
+            let holder = try Descriptor.open(node, O_RDONLY)
+            var isOn = false
+            try require(dg_block_read_only_get(holder.number, &isOn) == 0 && isOn, "the switch is off")
+            if signal == 0 { exit(0) }
+            kill(getpid(), signal)
+            while true { pause() }
+        }
+        #expect(try !isReadOnly(node), "BLKROSET was not taken back")
+    }
+
     /// A node that was read-only before stays so.
     @Test func readOnlyNodeStaysReadOnly() throws {
         try LoopDevice.with(content) { node, _ in
-            let holder = try Descriptor.open(node, O_RDONLY)
-            try require(dg_block_read_only_set(holder.number, true) == 0, "BLKROSET")
+            _ = try Tool.output("blockdev", ["--setro", node])
             do {
                 let device = try BlockNodeDevice.open(node, options(exclusive: true))
                 #expect(device.info.isReadOnly)
@@ -76,7 +98,6 @@ struct BlockNodeTests {
             } catch let error as BlockError {
                 #expect([.readOnly, .denied].contains(error.kind), "\(error)")
             }
-            try require(dg_block_read_only_set(holder.number, false) == 0, "BLKROSET")
         }
     }
 

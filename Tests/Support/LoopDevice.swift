@@ -18,11 +18,29 @@ public enum LoopDevice {
     public static func with<R>(
         _ content: [UInt8], sectorSize: Int = 512, _ body: (_ node: String, _ file: String) throws -> R
     ) throws -> R {
-        try withTemporaryDirectory { directory in
+        // One at a time on this machine: who looks for a free device may briefly claim one that was just given away.
+        let control = try Descriptor.open("/dev/loop-control", O_RDWR)
+        try require(flock(control.number, LOCK_EX) == 0, "locking /dev/loop-control: \(systemErrorText(errno))")
+        defer { flock(control.number, LOCK_UN) }
+        return try withTemporaryDirectory { directory in
             let file = try directory.makeFile("disk", content)
-            let node = try Tool.output("losetup", ["--find", "--show", "--sector-size", "\(sectorSize)", file])
-            defer { _ = try? Tool.run("losetup", ["--detach", node]) }
+            let node = try attach(file, sectorSize: sectorSize)
+            defer { detach(node) }
             return try body(node, file)
         }
+    }
+
+    /// Makes a loop device over a file.
+    public static func attach(_ file: String, sectorSize: Int) throws -> String {
+        let node = try Tool.output("losetup", ["--find", "--show", "--sector-size", "\(sectorSize)", file])
+        // A node's read-only switch (BLKROSET) outlives what was behind it.
+        _ = try Tool.output("blockdev", ["--setrw", node])
+        return node
+    }
+
+    /// Gives a loop device back, writable as it was.
+    public static func detach(_ node: String) {
+        _ = try? Tool.run("blockdev", ["--setrw", node])
+        _ = try? Tool.run("losetup", ["--detach", node])
     }
 }
