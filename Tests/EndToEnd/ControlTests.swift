@@ -61,6 +61,22 @@ import Testing
         }
     }
 
+    @Test func `an added export keeps to the server's rules, and paths are the caller's`() throws {
+        let folder = try Folder()
+        let image = try folder.image("disk")
+        let control = ["--control", "unix:\(folder.file("control"))"]
+        try serving(control + ["--allow", "uid=4242", image], in: folder) { (gateway) throws in
+            let added = try attempt(
+                "sh", "-c",
+                "cd '\(folder.path)' && '\(Tool.diskgate.path)' exports add disk --name late --control \(control[1])")
+            #expect(added.status == 0, "\(added.errors)")
+            #expect(try attempt("nbdinfo", gateway.uri("late")).status != 0)
+            let open = ["exports", "add", image, "--name", "open", "--allow", "uid=\(getuid())"]
+            #expect(try Tool.diskgate.run(open + control).status == 0)
+            #expect(try attempt("nbdinfo", gateway.uri("open")).status == 0)
+        }
+    }
+
     @Test func `a disconnected client goes, the others stay`() throws {
         let folder = try Folder()
         let image = try folder.image("disk")

@@ -147,3 +147,36 @@ private func specification(_ text: String) throws -> DiskSpecification { DiskSpe
         try requireError(.notFound, "no partition table") { _ = try disk.open() }
     }
 }
+
+@Suite struct ImageDirectoryTests {
+    /// Names are cut and compared as bytes: a letter with an accent is one character but two bytes or three.
+    @Test(arguments: ["bücher", "bu\u{308}cher", "plain"])
+    func opensBackingFilesBesideTheImage(name: String) throws {
+        try withTemporaryDirectory { directory in
+            let folder = "\(directory.path)/\(name)"
+            #expect(mkdir(folder, 0o700) == 0)
+            _ = try Tool.output("qemu-img", ["create", "-q", "-f", "raw", "\(folder)/base.raw", "1M"])
+            _ = try Tool.output(
+                "qemu-img", ["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "\(folder)/top.qcow2"])
+            let device = try SourceReference("\(folder)/top.qcow2").open()
+            #expect(device.info.size == 1 << 20)
+        }
+    }
+
+    @Test func opensOthersOnlyWhereAllowed() throws {
+        try withTemporaryDirectory { directory in
+            #expect(mkdir("\(directory.path)/a", 0o700) == 0 && mkdir("\(directory.path)/b", 0o700) == 0)
+            _ = try Tool.output("qemu-img", ["create", "-q", "-f", "raw", "\(directory.path)/a/base.raw", "1M"])
+            _ = try Tool.output(
+                "qemu-img",
+                ["create", "-q", "-f", "qcow2", "-b", "../a/base.raw", "-F", "raw", "\(directory.path)/b/top.qcow2"])
+            let source = try SourceReference("\(directory.path)/b/top.qcow2")
+            try requireError(.denied, "not allowed") { _ = try source.open() }
+            #expect(try source.open(imageDirectories: ["\(directory.path)/a"]).info.size == 1 << 20)
+            #expect(symlink("../a/base.raw", "\(directory.path)/b/link.raw") == 0)
+            _ = try Tool.output(
+                "qemu-img", ["rebase", "-u", "-b", "link.raw", "-F", "raw", "\(directory.path)/b/top.qcow2"])
+            try requireError(.denied, "by a symbolic link") { _ = try source.open() }
+        }
+    }
+}
