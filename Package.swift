@@ -69,6 +69,15 @@ let package = Package(
             name: "NBDTests",
             dependencies: ["Block", "CLinux", "LinuxIO", "NBD", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "LinuxIOTests", dependencies: ["Block", "CLinux", "LinuxIO", "Support"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(
+            name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
+            swiftSettings: settings),
+        .testTarget(name: "TidyTests", cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "EndToEnd", dependencies: ["CLinux"], cSettings: gnuSource, swiftSettings: settings),
     ],
     swiftLanguageModes: [.v6]
 )

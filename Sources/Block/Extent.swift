@@ -13,7 +13,7 @@
     @inlinable public static var tryable: FileTraits { FileTraits(rawValue: 4) }
     /// A file of a file system in memory: reading it never waits, even where RWF_NOWAIT is not known.
     @inlinable public static var memory: FileTraits { FileTraits(rawValue: 16) }
-    /// A block node: a sector may fail to read, so bytes are read before a header that promises them is sent.
+    /// A block node, where single sectors may fail to read.
     @inlinable public static var blockNode: FileTraits { FileTraits(rawValue: 8) }
 
     /// Traits with the alignment that `.direct` reads need, a power of two of at most 2^31 bytes.

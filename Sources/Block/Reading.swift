@@ -73,8 +73,8 @@ extension BlockDevice {
 extension FileRef {
     /// Reads from the page cache without waiting for storage.
     ///
-    /// - Returns: the bytes read from the start of the buffer, fewer than asked, and perhaps none, where the rest is not
-    ///   in memory, cannot be tried, or fails (which a waiting read will then tell).
+    /// - Returns: the bytes read from the start of the buffer, fewer than asked, and perhaps none, where the rest is
+    ///   not in memory, cannot be tried, or fails (which a waiting read will then tell).
     @inlinable @inline(__always)
     public func tryRead(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) -> Int {
         guard let position = off_t(exactly: offset) else { return 0 }

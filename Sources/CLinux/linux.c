@@ -10,12 +10,13 @@
 #include <linux/vm_sockets.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <pthread.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
@@ -41,7 +42,6 @@ int dg_block_logical_size(int fd, unsigned *bytes) {
 }
 
 int dg_block_physical_size(int fd, unsigned *bytes) { return checked(ioctl(fd, BLKPBSZGET, bytes)); }
-int dg_block_io_min(int fd, unsigned *bytes) { return checked(ioctl(fd, BLKIOMIN, bytes)); }
 int dg_block_io_opt(int fd, unsigned *bytes) { return checked(ioctl(fd, BLKIOOPT, bytes)); }
 
 int dg_block_read_only_get(int fd, bool *read_only) {
@@ -56,6 +56,58 @@ int dg_block_read_only_set(int fd, bool read_only) {
     return checked(ioctl(fd, BLKROSET, &value));
 }
 
+// Nodes that this process has made read-only. Plain integers, because a signal handler walks them.
+#define GUARDED_MAX 64
+static volatile int guarded[GUARDED_MAX];  // descriptor + 1; 0 is free
+static pthread_mutex_t guard_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void release_guarded(void) {
+    for (int i = 0; i < GUARDED_MAX; i++) {
+        int writable = 0;
+        if (guarded[i]) ioctl(guarded[i] - 1, BLKROSET, &writable);
+    }
+}
+
+static void release_and_end(int signal_number) {
+    release_guarded();
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+int dg_block_guard(int fd) {
+    static bool prepared = false;
+    int read_only = 1, result = -EMFILE;
+    pthread_mutex_lock(&guard_lock);
+    if (!prepared) {
+        prepared = true;
+        atexit(release_guarded);
+        // A server has these blocked and ends by itself; every other command is ended by them.
+        signal(SIGINT, release_and_end);
+        signal(SIGTERM, release_and_end);
+        signal(SIGHUP, release_and_end);
+    }
+    for (int i = 0; i < GUARDED_MAX; i++) {
+        if (guarded[i]) continue;
+        guarded[i] = fd + 1;
+        result = checked(ioctl(fd, BLKROSET, &read_only));
+        if (result < 0) guarded[i] = 0;
+        break;
+    }
+    pthread_mutex_unlock(&guard_lock);
+    return result;
+}
+
+void dg_block_unguard(int fd) {
+    int writable = 0;
+    pthread_mutex_lock(&guard_lock);
+    for (int i = 0; i < GUARDED_MAX; i++) {
+        if (guarded[i] != fd + 1) continue;
+        ioctl(fd, BLKROSET, &writable);
+        guarded[i] = 0;
+    }
+    pthread_mutex_unlock(&guard_lock);
+}
+
 int dg_block_discard(int fd, uint64_t offset, uint64_t length) {
     uint64_t range[2] = {offset, length};
     return checked(ioctl(fd, BLKDISCARD, range));
@@ -66,7 +118,6 @@ int dg_block_zero_out(int fd, uint64_t offset, uint64_t length) {
     return checked(ioctl(fd, BLKZEROOUT, range));
 }
 
-int dg_block_flush_buffers(int fd) { return checked(ioctl(fd, BLKFLSBUF, 0)); }
 int dg_block_disk_sequence(int fd, uint64_t *sequence) { return checked(ioctl(fd, BLKGETDISKSEQ, sequence)); }
 
 int dg_open_beneath(int directory, const char *path, int flags) {
@@ -167,7 +218,6 @@ int dg_signal_read(int fd) {
 }
 
 int dg_eventfd(void) { return checked(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)); }
-int dg_die_with_parent(void) { return checked(prctl(PR_SET_PDEATHSIG, SIGTERM)); }
 
 // Only segments that are never written, and so hold nothing but what the file has, may be dropped.
 static int forget_segments(struct dl_phdr_info *info, size_t size, void *unused) {

@@ -44,28 +44,10 @@ bool dg_ring_read(dg_ring *ring, int fd, void *buffer, unsigned length, uint64_t
     return true;
 }
 
-bool dg_ring_write(dg_ring *ring, int fd, const void *buffer, unsigned length, uint64_t offset, bool durable,
-                   uint64_t user_data) {
-    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
-    if (!sqe) return false;
-    io_uring_prep_write(sqe, fd, buffer, length, offset);
-    if (durable) sqe->rw_flags = RWF_DSYNC;
-    io_uring_sqe_set_data64(sqe, user_data);
-    return true;
-}
-
 bool dg_ring_poll_in(dg_ring *ring, int fd, uint64_t user_data) {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
     if (!sqe) return false;
     io_uring_prep_poll_add(sqe, fd, POLLIN);
-    io_uring_sqe_set_data64(sqe, user_data);
-    return true;
-}
-
-bool dg_ring_cancel(dg_ring *ring, uint64_t target, uint64_t user_data) {
-    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->ring);
-    if (!sqe) return false;
-    io_uring_prep_cancel64(sqe, target, 0);
     io_uring_sqe_set_data64(sqe, user_data);
     return true;
 }

@@ -40,6 +40,7 @@ func checkSiblingName(_ name: String, _ role: String, of image: String) throws(B
     guard let colon = beforeSlash.firstIndex(of: ":") else { return }
     throw BlockError(
         .unsupported,
-        "opening \(image): its \(role) \"\(name)\" is named by protocol (\(beforeSlash[..<colon]):), and images are not "
-            + "allowed to make diskgate connect anywhere; record a file name with qemu-img rebase -u -b FILE -F FORMAT")
+        "opening \(image): its \(role) \"\(name)\" is named by protocol (\(beforeSlash[..<colon]):), and images are "
+            + "not allowed to make diskgate connect anywhere; record a file name with "
+            + "qemu-img rebase -u -b FILE -F FORMAT")
 }

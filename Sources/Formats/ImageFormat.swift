@@ -28,8 +28,8 @@ public enum ImageFormat: String, Sendable, CaseIterable {
     /// Bytes at the start of a file that recognition looks at.
     static let magicLength = 512
 
-    /// The format that the first bytes of a file announce, or nil when they announce none. Whoever can write a raw disk,
-    /// for example its guest, can make it announce anything.
+    /// The format that the first bytes of a file announce, or nil when they announce none. Whoever can write a raw
+    /// disk, for example its guest, can make it announce anything.
     ///
     /// - Parameter start: the first 512 bytes of a file, or all of it when it is shorter.
     public static func recognised(by start: UnsafeRawBufferPointer) -> ImageFormat? {

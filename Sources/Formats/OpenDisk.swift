@@ -36,16 +36,16 @@ func decideFormat(_ device: any BlockDevice, _ hint: FormatHint) throws(BlockErr
             let what = found.map { "it begins like \($0.rawValue)" } ?? "it does not begin like one"
             throw BlockError(
                 .invalid,
-                "opening \(file): its name says \(promised.rawValue), but \(what); add format=raw to serve its bytes as "
-                    + "they are, or name the right format")
+                "opening \(file): its name says \(promised.rawValue), but \(what); add format=raw to serve its bytes "
+                    + "as they are, or name the right format")
         }
         decided = FormatDecision(format: found ?? .raw, mayOpenSiblings: promised != nil)
     }
     if !decided.format.isSupported {
         throw BlockError(
             .unsupported,
-            "opening \(file): the format \(decided.format.rawValue) is not supported yet; convert a copy with qemu-img, "
-                + "or add format=raw to serve its bytes as they are")
+            "opening \(file): the format \(decided.format.rawValue) is not supported yet; convert a copy with "
+                + "qemu-img, or add format=raw to serve its bytes as they are")
     }
     return decided
 }
@@ -95,16 +95,16 @@ private func openChain(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: Qc
         if layers.count == Qcow2Device.chainLengthMax {
             throw BlockError(
                 .tooLarge,
-                "opening \(top.device.info.name): its backing chain is longer than \(Qcow2Device.chainLengthMax) images; "
-                    + "shorten it with qemu-img commit or rebase")
+                "opening \(top.device.info.name): its backing chain is longer than \(Qcow2Device.chainLengthMax) "
+                    + "images; shorten it with qemu-img commit or rebase")
         }
         let header = try Qcow2Header.read(from: file.device, allowCorrupt: options.allowCorrupt)
         if !mayOpenSiblings, let other = header.hasDataFile ? header.dataFileName : header.backingName {
             throw BlockError(
                 .denied,
                 "opening \(name): it looks like a qcow2 image that refers to \"\(other)\", but its name does not say "
-                    + "so, and a guest may have written what it looks like; add format=qcow2 if it is one, format=raw if not"
-            )
+                    + "so, and a guest may have written what it looks like; add format=qcow2 if it is one, "
+                    + "format=raw if not")
         }
         let dataFile: (any BlockDevice)? =
             if header.hasDataFile { try sibling(header.dataFileName ?? "", "data file", of: file).device } else { nil }
@@ -144,7 +144,7 @@ private func backingFormat(_ header: Qcow2Header, _ file: ResolvedFile, of image
     guard let found = try ImageFormat.recognised(in: file.device) else { return .raw }
     throw BlockError(
         .denied,
-        "opening \(image): it does not record the format of its backing file, which looks like \(found.rawValue), but a "
-            + "guest may have written what it looks like; record it with qemu-img rebase -u -b "
+        "opening \(image): it does not record the format of its backing file, which looks like \(found.rawValue), but "
+            + "a guest may have written what it looks like; record it with qemu-img rebase -u -b "
             + "\(header.backingName ?? "FILE") -F FORMAT")
 }

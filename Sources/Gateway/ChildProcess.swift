@@ -34,10 +34,15 @@ public enum ChildProcess {
         return waitpid(pid, &status, WNOHANG) == pid ? shellStatus(status) : nil
     }
 
-    /// Asks a child to end, waits for it and tells its exit status.
-    static func end(_ pid: pid_t) -> Int32 {
+    /// Asks a child to end, kills it when it does not, and tells its exit status.
+    static func end(_ pid: pid_t, graceSeconds: Double) -> Int32 {
         kill(pid, SIGTERM)
         var status: Int32 = 0
+        for _ in 0..<Int(max(graceSeconds, 0.1) * 100) {
+            if waitpid(pid, &status, WNOHANG) == pid { return shellStatus(status) }
+            usleep(10_000)
+        }
+        kill(pid, SIGKILL)
         while waitpid(pid, &status, 0) < 0 && errno == EINTR {}
         return shellStatus(status)
     }

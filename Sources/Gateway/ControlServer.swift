@@ -23,6 +23,12 @@ public struct ControlRequest: Codable, Sendable {
     public var access: String?
     /// add: the number of the partition.
     public var partition: Int?
+    /// add: bytes to leave out at the start.
+    public var offset: UInt64?
+    /// add: bytes to take.
+    public var length: UInt64?
+    /// add: rules for clients, instead of the server's.
+    public var allow: [String]?
     /// disconnect: the client's id.
     public var client: Int?
 
@@ -81,6 +87,19 @@ public struct ControlReply: Codable, Sendable {
     public init() {}
 }
 
+/// What `serve` was told about its exports, which holds for those that are added later, too.
+public struct ExportDefaults: Sendable {
+    /// The policies.
+    public var options = ExportOptions()
+    /// Directories, besides an image's own, beneath which images may name other files.
+    public var imageDirectories: [String] = []
+    /// Where overlays keep what is written; nil for TMPDIR, or /var/tmp.
+    public var scratchDirectory: String?
+
+    /// No policies.
+    public init() {}
+}
+
 /// Serves the control socket. Only the user who runs the server can reach it: a Unix socket with mode 0600.
 public final class ControlServer: Sendable {
     /// The longest request line in bytes.
@@ -90,12 +109,15 @@ public final class ControlServer: Sendable {
     private let server: Server
     private let log: Logger
     private let sockets: [ListeningSocket]
+    private let defaults: ExportDefaults
     private let isStopping = Atomic<Bool>(false)
 
     /// Listens from now on, on a thread of its own.
     ///
     /// - Throws: `BlockError` when it cannot listen there, or the address is not a Unix socket.
-    public init(_ address: ListenAddress, registry: ExportRegistry, server: Server, log: Logger) throws(BlockError) {
+    public init(
+        _ address: ListenAddress, registry: ExportRegistry, server: Server, defaults: ExportDefaults, log: Logger
+    ) throws(BlockError) {
         guard case .unix(let path) = address else {
             throw BlockError(.invalid, "listening for control commands on \(address): give unix:PATH")
         }
@@ -105,6 +127,7 @@ public final class ControlServer: Sendable {
         sockets = try ListeningSocket.listen(on: .unix(path: path))
         self.registry = registry
         self.server = server
+        self.defaults = defaults
         self.log = log
         try startThread(name: "control") { self.acceptLoop() }
     }
@@ -170,10 +193,10 @@ public final class ControlServer: Sendable {
         case "clients": reply.clients = server.clients.map { Self.status($0) }
         case "add": reply.exports = [Self.status(try add(request))]
         case "remove":
-            guard let name = request.name, registry.remove(name) != nil else {
+            guard let name = request.name, let export = registry.remove(name) else {
                 throw BlockError(.notFound, "removing the export \"\(request.name ?? "")\": there is none of this name")
             }
-            server.disconnectAll(from: name, seconds: 10)
+            server.disconnectAll(from: export, seconds: 10)
             log.notice("removed the export \"\(name)\"")
         case "disconnect":
             guard let id = request.client, server.disconnect(id) else {
@@ -200,7 +223,15 @@ public final class ControlServer: Sendable {
             throw BlockError(.invalid, "adding an export: \(other) is no access: give read-only, writable or overlay")
         }
         disk.partition = request.partition
-        var options = ExportOptions()
+        disk.offset = request.offset ?? 0
+        disk.length = request.length
+        disk.imageDirectories = defaults.imageDirectories
+        disk.scratchDirectory = defaults.scratchDirectory
+        var options = defaults.options
+        if let rules = request.allow {
+            options.allow = []
+            for rule in rules { options.allow.append(try AllowRule(rule)) }
+        }
         options.isReadOnly = disk.access == .readOnly
         let export = try Export(
             name: name, description: request.description ?? "", device: disk.open(), options: options)

@@ -35,6 +35,8 @@ public final class ExportRegistry: ExportDirectory {
     /// All exports in the order they were added.
     public var all: [Export] { exports.withLock { $0 } }
 
+    public func serves(_ export: Export) -> Bool { exports.withLock { $0.contains { $0 === export } } }
+
     public func exports(for peer: Peer) -> [Export] { all.filter { $0.options.admits(peer) } }
 
     public func export(named name: String, for peer: Peer) -> Export? {

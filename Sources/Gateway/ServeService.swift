@@ -19,6 +19,10 @@ public struct ServeRequest: Sendable {
     public var exitsWithLast = false
     /// A shell command to run while serving; serving ends with it.
     public var command: String?
+    /// What holds for exports that are added later.
+    public var defaults = ExportDefaults()
+    /// Whether sockets that other machines can reach may be served, which is in clear text.
+    public var allowsRemote = false
     /// Where to listen for control commands.
     public var control: ListenAddress?
     /// Limits.
@@ -61,12 +65,15 @@ public struct ServeService {
     /// - Returns: the exit status: 0, or the command's.
     /// - Throws: `BlockError` when it cannot listen or start.
     public func run() throws(BlockError) -> Int32 {
+        let inherited = ServiceManager.inheritedSockets()
         let event = stopEvent
         let exitsWithLast = request.exitsWithLast
         let server = try Server(directory: registry, limits: request.limits, log: request.log) { left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
-        if request.usesStandardIO {
+        // With a socket from its parent (libnbd's "[ COMMAND ]" hands one over), standard input is no client. The one
+        // client there has no socket that could be shut down: signals end the process as usual.
+        if request.usesStandardIO && inherited.isEmpty {
             server.serve(input: STDIN_FILENO, output: STDOUT_FILENO)
             return 0
         }
@@ -77,20 +84,26 @@ public struct ServeService {
             for path in cleanUp { unlink(path) }
             if let privateDirectory { rmdir(privateDirectory) }
         }
-        let inherited = ServiceManager.inheritedSockets()
         var addresses = inherited.isEmpty ? request.listen : []
         if inherited.isEmpty && addresses.isEmpty, request.command != nil {
             let directory = try makePrivateDirectory()
             privateDirectory = directory
             addresses = [.unix(path: "\(directory)/socket")]
         }
+        for address in inherited.map(\.address) + addresses where !address.isLocal && !request.allowsRemote {
+            throw BlockError(
+                .denied,
+                "listening on \(address): other machines could read the disks in clear text; say --tls off if you mean it"
+            )
+        }
+        raiseDescriptorLimit()
         var sockets = inherited
         for address in addresses {
             sockets += try ListeningSocket.listen(on: address)
             if case .unix(let path) = address { cleanUp.insert(path, at: 0) }
         }
         let control = try request.control.map { (address) throws(BlockError) in
-            try ControlServer(address, registry: registry, server: server, log: request.log)
+            try ControlServer(address, registry: registry, server: server, defaults: request.defaults, log: request.log)
         }
         if case .unix(let path)? = request.control { cleanUp.append(path) }
         try server.accept(on: sockets)
@@ -144,7 +157,7 @@ public struct ServeService {
                 pollfd(fd: stopEvent.number, events: Int16(POLLIN), revents: 0),
             ]
             poll(&ready, 2, -1)
-            if ready[1].revents != 0 { return command.map { ChildProcess.end($0) } ?? 0 }
+            if ready[1].revents != 0 { return command.map { end($0) } ?? 0 }
             guard ready[0].revents != 0 else { continue }
             let signal = dg_signal_read(signals.number)
             switch signal {
@@ -154,8 +167,19 @@ public struct ServeService {
             case SIGHUP: request.log.notice("nothing to reload")
             default:
                 request.log.notice("stopping on signal \(signal)")
-                return command.map { ChildProcess.end($0) } ?? 0
+                return command.map { end($0) } ?? 0
             }
+        }
+    }
+
+    private func end(_ command: pid_t) -> Int32 { ChildProcess.end(command, graceSeconds: request.graceSeconds) }
+
+    /// Each client may need three descriptors; the usual limit of 1024 is for programs that use select(2).
+    private func raiseDescriptorLimit() {
+        var limit = rlimit()
+        if getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0 {
+            limit.rlim_cur = limit.rlim_max
+            setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
         }
     }
 

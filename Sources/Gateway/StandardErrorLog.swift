@@ -6,7 +6,15 @@ public import Logging
 public struct StandardErrorLog: LogHandler {
     public var metadata: Logger.Metadata = [:]
     public var logLevel: Logger.Level
-    private let isJournal = getenv("JOURNAL_STREAM") != nil
+    private let isJournal = StandardErrorLog.isJournal()
+
+    /// Whether standard error is the stream to journald that the service manager made (systemd.exec(5),
+    /// JOURNAL_STREAM), and not a terminal of a program that inherited the variable.
+    private static func isJournal() -> Bool {
+        guard let stream = getenv("JOURNAL_STREAM").map({ String(cString: $0) }) else { return false }
+        var status = stat()
+        return fstat(STDERR_FILENO, &status) == 0 && stream == "\(status.st_dev):\(status.st_ino)"
+    }
 
     /// A handler that drops messages below a level.
     public init(level: Logger.Level) { logLevel = level }

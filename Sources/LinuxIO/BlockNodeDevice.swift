@@ -12,9 +12,10 @@ public final class BlockNodeDevice: BlockDevice {
     private let stable: FileRef
     private let writers: WriterCount
     private let isWriter: Bool
+    private let lost = LostWrites()
     private let restoreWritable: Bool
     private let sector: UInt64
-    private let directLock = Lock()
+    private let sectorLock = SectorLock()
 
     /// Opens a block node.
     ///
@@ -69,7 +70,7 @@ public final class BlockNodeDevice: BlockDevice {
         }
         var madeReadOnly = false
         if options.isExclusive && !options.isWritable && !limits.isReadOnly {
-            let result = dg_block_read_only_set(node.number, true)
+            let result = dg_block_guard(node.number)
             if result < 0 { throw BlockError(errno: -result, "making \(name) read-only in the kernel (BLKROSET)") }
             madeReadOnly = true
         }
@@ -86,7 +87,7 @@ public final class BlockNodeDevice: BlockDevice {
 
     deinit {
         if isWriter { writers.writers.subtract(1, ordering: .sequentiallyConsistent) }
-        if restoreWritable { _ = dg_block_read_only_set(node.number, false) }
+        if restoreWritable { dg_block_unguard(node.number) }
     }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
@@ -97,11 +98,16 @@ public final class BlockNodeDevice: BlockDevice {
         return added ? range.upperBound : range.lowerBound
     }
 
+    private func requireWritable(_ doing: String) throws(BlockError) {
+        if !isWriter { throw BlockError(.readOnly, "\(doing) \(info.name): it is open for reading only") }
+    }
+
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
+        try requireWritable("writing to")
         let flags = durable ? RWF_DSYNC : 0
         do throws(BlockError) {
             if shared.traits.contains(.direct) {
-                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: directLock)
+                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: sectorLock)
             } else {
                 try writeFully(node.number, bytes, at: offset, flags: flags)
             }
@@ -116,6 +122,7 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     public func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
+        try requireWritable("zeroing a range of")
         if options.contains(.fastOnly) {
             // BLKZEROOUT falls back to writing without a word, so speed cannot be promised.
             throw BlockError(.unsupported, "zeroing a range of \(info.name) fast: a block device cannot promise it")
@@ -128,7 +135,9 @@ public final class BlockNodeDevice: BlockDevice {
             let tail = whole.upperBound..<range.upperBound
             if !head.isEmpty { try writeZeros(to: self, head) }
             if !tail.isEmpty { try writeZeros(to: self, tail) }
-            let result = dg_block_zero_out(node.number, whole.lowerBound, whole.count64)
+            let result = sectorLock.withLock(parts: false) {
+                dg_block_zero_out(node.number, whole.lowerBound, whole.count64)
+            }
             if result == -EOPNOTSUPP || result == -EINVAL {
                 try writeZeros(to: self, whole)
             } else if result < 0 {
@@ -140,6 +149,7 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     public func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
+        try requireWritable("discarding a range of")
         let whole = wholeSectors(range)
         if whole.isEmpty { return }
         let result = dg_block_discard(node.number, whole.lowerBound, whole.count64)
@@ -151,7 +161,10 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     public func flush() throws(BlockError) {
-        if isWriter, fdatasync(node.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+        guard isWriter else { return }
+        try lost.guarding(info.name) { () throws(BlockError) in
+            if fdatasync(node.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+        }
     }
 
     public func prefetch(_ range: Range<UInt64>) {
@@ -172,9 +185,6 @@ private struct NodeLimits {
         var bytes: UInt64 = 0
         let result = dg_block_size64(descriptor, &bytes)
         if result < 0 { throw BlockError(errno: -result, "asking for the size of \(name) (BLKGETSIZE64)") }
-        if bytes == 0 {
-            throw BlockError(.invalid, "opening \(name): the device reports 0 bytes; it has no medium, or is gone")
-        }
         var logical: UInt32 = 0
         var physical: UInt32 = 0
         var best: UInt32 = 0
@@ -183,8 +193,12 @@ private struct NodeLimits {
         _ = dg_block_physical_size(descriptor, &physical)
         _ = dg_block_io_opt(descriptor, &best)
         _ = dg_block_read_only_get(descriptor, &readOnly)
-        size = bytes
         logicalSector = min(max(logical.powerOfTwo, 512), 65536)
+        // A loop device may end inside a sector, which the kernel then neither reads nor writes.
+        size = bytes / UInt64(logicalSector) * UInt64(logicalSector)
+        if size == 0 {
+            throw BlockError(.invalid, "opening \(name): the device reports no bytes; it has no medium, or is gone")
+        }
         // An optimal size that is no power of two (RAID stripes) cannot be told over NBD; the physical sector can.
         let wanted = best.nonzeroBitCount == 1 ? max(best, physical) : physical
         preferred = min(max(wanted.powerOfTwo, 4096, logicalSector), 1 << 20)

@@ -25,6 +25,12 @@ public final class Descriptor: Sendable {
         }
     }
 
+    /// Takes O_NONBLOCK back that it was opened with.
+    public func makeBlocking() {
+        let flags = dg_get_flags(number)
+        if flags >= 0 { _ = dg_set_flags(number, flags & ~O_NONBLOCK) }
+    }
+
     /// The file's status.
     public func status() throws(BlockError) -> stat {
         var status = stat()

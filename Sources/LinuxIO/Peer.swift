@@ -31,10 +31,17 @@ public struct IPAddress: Sendable, Equatable, CustomStringConvertible {
         if inet_pton(AF_INET, text, &buffer) == 1 {
             bytes = Array(buffer[..<4])
         } else if inet_pton(AF_INET6, text, &buffer) == 1 {
-            bytes = buffer
+            // Peers that come in over v6 with a v4 address are known by that.
+            let isMapped = buffer[..<10].allSatisfy { $0 == 0 } && buffer[10] == 0xFF && buffer[11] == 0xFF
+            bytes = isMapped ? Array(buffer[12...]) : buffer
         } else {
             return nil
         }
+    }
+
+    /// Whether it is an address of this machine only: 127.0.0.0/8 or ::1.
+    public var isLoopback: Bool {
+        bytes.count == 4 ? bytes[0] == 127 : bytes.last == 1 && bytes.dropLast().allSatisfy { $0 == 0 }
     }
 
     public var description: String {
@@ -71,6 +78,16 @@ public enum Peer: Sendable, Equatable, CustomStringConvertible {
             self = .vsock(cid: cid, port: port)
         } else {
             self = .inherited
+        }
+    }
+
+    /// Whether two connections come from the same address, user or virtual machine; nobody is the same as an unknown.
+    public func isSameParty(as other: Peer) -> Bool {
+        switch (self, other) {
+        case (.unix(_, let uid, _), .unix(_, let otherUID, _)): uid == otherUID
+        case (.ip(let address), .ip(let otherAddress)): address.bytes == otherAddress.bytes
+        case (.vsock(let cid, _), .vsock(let otherCID, _)): cid == otherCID
+        default: false
         }
     }
 

@@ -2,6 +2,7 @@
 import Block
 import CLinux
 import Glibc
+import Synchronization
 
 /// Whether preadv2 with RWF_NOWAIT is known on a file (tmpfs refuses it, and O_DIRECT on ext4 would block).
 func probeTryable(_ descriptor: Int32) -> Bool {
@@ -32,16 +33,46 @@ func directAlignment(_ descriptor: Int32, name: String) throws(BlockError) -> UI
     return alignment
 }
 
-/// Writes to an O_DIRECT file; what is not aligned is read, changed and written back under the lock.
+/// Keeps a sector that is read, changed and written back from losing what others wrote to it meanwhile: changes of
+/// whole sectors run side by side, changes of parts of sectors alone.
+final class SectorLock: @unchecked Sendable {
+    // Sendable because a pthread lock may be used from every thread, and its address never changes.
+    private let lock: UnsafeMutablePointer<pthread_rwlock_t>
+
+    init() {
+        lock = .allocate(capacity: 1)
+        lock.initialize(to: pthread_rwlock_t())
+        var attributes = pthread_rwlockattr_t()
+        pthread_rwlockattr_init(&attributes)
+        // A steady stream of whole sectors must not starve a part.
+        pthread_rwlockattr_setkind_np(&attributes, Int32(PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP))
+        pthread_rwlock_init(lock, &attributes)
+        pthread_rwlockattr_destroy(&attributes)
+    }
+
+    deinit {
+        pthread_rwlock_destroy(lock)
+        lock.deallocate()
+    }
+
+    /// Runs a change: alone if it changes parts of sectors.
+    func withLock<R, E: Error>(parts: Bool, _ body: () throws(E) -> R) throws(E) -> R {
+        if parts { pthread_rwlock_wrlock(lock) } else { pthread_rwlock_rdlock(lock) }
+        defer { pthread_rwlock_unlock(lock) }
+        return try body()
+    }
+}
+
+/// Writes to an O_DIRECT file of `size` bytes. What is not aligned goes through an aligned buffer; parts of sectors are
+/// read, changed and written back.
 func writeDirect(
-    _ file: FileRef, _ bytes: UnsafeRawBufferPointer, at offset: UInt64, size: UInt64, flags: Int32, lock: Lock
+    _ file: FileRef, _ bytes: UnsafeRawBufferPointer, at offset: UInt64, size: UInt64, flags: Int32, lock: SectorLock
 ) throws(BlockError) {
     let mask = file.traits.alignment - 1
     let address = UInt64(UInt(bitPattern: bytes.baseAddress))
-    if (offset | UInt64(bytes.count) | address) & mask == 0 {
-        return try writeFully(file.descriptor, bytes, at: offset, flags: flags)
-    }
-    try lock.withLock { () throws(BlockError) in
+    let parts = (offset | UInt64(bytes.count)) & mask != 0
+    try lock.withLock(parts: parts) { () throws(BlockError) in
+        if !parts && address & mask == 0 { return try writeFully(file.descriptor, bytes, at: offset, flags: flags) }
         let bounce = Buffer(count: 1 << 20)
         var done = 0
         while done < bytes.count {
@@ -59,7 +90,31 @@ func writeDirect(
             UnsafeMutableRawBufferPointer(rebasing: whole[skip..<(skip + take)])
                 .copyMemory(from: UnsafeRawBufferPointer(rebasing: bytes[done..<(done + take)]))
             try writeFully(file.descriptor, UnsafeRawBufferPointer(whole), at: start, flags: flags)
+            // The last sector of a file may be a part only; its rest is not to stay.
+            if end > size, ftruncate(file.descriptor, off_t(truncatingIfNeeded: size)) < 0 {
+                throw BlockError(errno: errno, "cutting the file back to its \(size) bytes")
+            }
             done += take
+        }
+    }
+}
+
+/// Remembers that written data was lost. The kernel tells of a failed write-back once for each open file; every
+/// connection flushes the same one, so all but the first would be told that their data is safe.
+final class LostWrites: Sendable {
+    private let happened = Atomic<Bool>(false)
+
+    /// Runs a call that makes data durable, unless data is known to be lost.
+    func guarding(_ name: String, _ body: () throws(BlockError) -> Void) throws(BlockError) {
+        if happened.load(ordering: .relaxed) {
+            throw BlockError(
+                .inputOutput, "flushing \(name): data written before could not be stored; it has to be opened anew")
+        }
+        do throws(BlockError) {
+            try body()
+        } catch {
+            if error.kind == .inputOutput { happened.store(true, ordering: .relaxed) }
+            throw error
         }
     }
 }

@@ -26,7 +26,8 @@ public final class RawFileDevice: BlockDevice {
     private let stable: FileRef
     private let writers: WriterCount
     private let isWriter: Bool
-    private let directLock = Lock()
+    private let lost = LostWrites()
+    private let sectorLock = SectorLock()
     // Whether the file system has refused SEEK_DATA; then everything is data.
     private let seekRefused = Atomic<Bool>(false)
 
@@ -36,7 +37,10 @@ public final class RawFileDevice: BlockDevice {
     public static func open(_ path: String, _ options: RawOptions = RawOptions()) throws(BlockError) -> RawFileDevice {
         var flags = options.isWritable ? O_RDWR : O_RDONLY
         if options.isDirect { flags |= O_DIRECT }
-        return try RawFileDevice(Descriptor.open(path, flags), name: path, options)
+        // Without waiting: opening a pipe for reading would last until somebody writes into it.
+        let file = try Descriptor.open(path, flags | O_NONBLOCK)
+        file.makeBlocking()
+        return try RawFileDevice(file, name: path, options)
     }
 
     /// A device over an open regular file, which it keeps open.
@@ -72,8 +76,6 @@ public final class RawFileDevice: BlockDevice {
     deinit {
         if isWriter { writers.writers.subtract(1, ordering: .sequentiallyConsistent) }
     }
-
-    private func failed(_ error: BlockError, _ doing: String) -> BlockError { error.during("\(doing) \(info.name)") }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64
@@ -120,7 +122,11 @@ public final class RawFileDevice: BlockDevice {
         let found = lseek(file.number, off_t(truncatingIfNeeded: position), what)
         if found >= 0 { return min(max(UInt64(found), position), limit) }
         switch errno {
-        case ENXIO: return limit  // No data from here to the end of the file.
+        case ENXIO:
+            // No data from here to the end of the file. A file that has shrunk has lost data, not got a hole.
+            if UInt64(clamping: try file.status().st_size) >= limit { return limit }
+            throw BlockError(
+                .inputOutput, "looking for holes at \(position) of \(info.name): it is shorter than when it was opened")
         case EINVAL, EOPNOTSUPP:
             seekRefused.store(true, ordering: .relaxed)
             return unknown
@@ -128,18 +134,24 @@ public final class RawFileDevice: BlockDevice {
         }
     }
 
+    private func requireWritable(_ doing: String) throws(BlockError) {
+        if !isWriter { throw BlockError(.readOnly, "\(doing) \(info.name): it is open for reading only") }
+    }
+
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
+        try requireWritable("writing to")
         let flags = durable ? RWF_DSYNC : 0
         do throws(BlockError) {
             if shared.traits.contains(.direct) {
-                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: directLock)
+                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: sectorLock)
             } else {
                 try writeFully(file.number, bytes, at: offset, flags: flags)
             }
-        } catch { throw failed(error, "writing to") }
+        } catch { throw error.during("writing to \(info.name)") }
     }
 
     public func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
+        try requireWritable("zeroing a range of")
         var done = false
         if options.contains(.mayPunch) { done = try allocate(FALLOC_FL_PUNCH_HOLE, range) }
         if !done { done = try allocate(FALLOC_FL_ZERO_RANGE, range) }
@@ -153,27 +165,36 @@ public final class RawFileDevice: BlockDevice {
     }
 
     public func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
+        try requireWritable("discarding a range of")
         if try allocate(FALLOC_FL_PUNCH_HOLE, range), durable { try flush() }
     }
 
     /// fallocate(2) on a range that stays inside the file; false when the file system does not know the operation.
     private func allocate(_ operation: Int32, _ range: Range<UInt64>) throws(BlockError) -> Bool {
+        let parts = (range.lowerBound | range.count64) & (shared.traits.alignment - 1) != 0
         while true {
-            let result = fallocate(
-                file.number, operation | FALLOC_FL_KEEP_SIZE, off_t(truncatingIfNeeded: range.lowerBound),
-                off_t(truncatingIfNeeded: range.count64))
-            if result == 0 { return true }
-            switch errno {
+            // Only writes with O_DIRECT read parts of sectors and write them back.
+            let error = sectorLock.withLock(parts: parts) {
+                let result = fallocate(
+                    file.number, operation | FALLOC_FL_KEEP_SIZE, off_t(truncatingIfNeeded: range.lowerBound),
+                    off_t(truncatingIfNeeded: range.count64))
+                return result == 0 ? 0 : errno
+            }
+            if error == 0 { return true }
+            switch error {
             case EINTR: continue
             case EOPNOTSUPP, ENOSYS: return false
             default:
-                throw BlockError(errno: errno, "zeroing \(range.count64) bytes at \(range.lowerBound) of \(info.name)")
+                throw BlockError(errno: error, "zeroing \(range.count64) bytes at \(range.lowerBound) of \(info.name)")
             }
         }
     }
 
     public func flush() throws(BlockError) {
-        if isWriter, fdatasync(file.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+        guard isWriter else { return }
+        try lost.guarding(info.name) { () throws(BlockError) in
+            if fdatasync(file.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
+        }
     }
 
     public func prefetch(_ range: Range<UInt64>) {

@@ -33,9 +33,6 @@ public struct Ring: ~Copyable {
     /// Queues a one-shot wait for a descriptor to become readable. False when the queue is full.
     public func pollReadable(_ descriptor: Int32, tag: UInt64) -> Bool { dg_ring_poll_in(ring, descriptor, tag) }
 
-    /// Queues the cancelling of an operation. False when the queue is full.
-    public func cancel(_ target: UInt64, tag: UInt64) -> Bool { dg_ring_cancel(ring, target, tag) }
-
     /// Submits what is queued and waits for at least `count` completions.
     public func submit(waitingFor count: UInt32) { _ = dg_ring_submit_and_wait(ring, count) }
 

@@ -19,13 +19,13 @@ public enum ListenAddress: Sendable, Equatable, CustomStringConvertible {
         let bad = BlockError(
             .invalid, "\(text) is no address to listen on: give unix:PATH, tcp://HOST:PORT or vsock:PORT")
         if let path = text.after("unix:") {
-            if path.isEmpty || path.utf8.count > 107 {
-                throw BlockError(.invalid, "\(text): the path of a Unix socket has 1 to 107 bytes")
+            if path.isEmpty || path.utf8.count > 107 || path.utf8.contains(0) {
+                throw BlockError(.invalid, "\(text): the path of a Unix socket has 1 to 107 bytes, none of them zero")
             }
             self = .unix(path: String(path))
         } else if let port = text.after("vsock:") {
             let digits = port.after("//:") ?? port.after("//") ?? port
-            guard let number = UInt32(digits), number != .max else { throw bad }
+            guard let number: UInt32 = Self.number(digits), number != .max else { throw bad }
             self = .vsock(port: number)
         } else if let rest = text.after("tcp://") ?? text.after("tcp:") {
             guard let (host, port) = Self.hostAndPort(rest, defaultPort: defaultPort) else { throw bad }
@@ -44,11 +44,11 @@ public enum ListenAddress: Sendable, Equatable, CustomStringConvertible {
             host = text[text.index(after: text.startIndex)..<close]
             let rest = text[text.index(after: close)...]
             if !rest.isEmpty {
-                guard let digits = rest.after(":"), let number = UInt16(digits) else { return nil }
+                guard let digits = rest.after(":"), let number: UInt16 = Self.number(digits) else { return nil }
                 port = number
             }
         } else if let colon = text.lastIndex(of: ":") {
-            guard let number = UInt16(text[text.index(after: colon)...]) else { return nil }
+            guard let number: UInt16 = Self.number(text[text.index(after: colon)...]) else { return nil }
             host = text[..<colon]
             port = number
             if host.contains(":") { return nil }
@@ -56,12 +56,18 @@ public enum ListenAddress: Sendable, Equatable, CustomStringConvertible {
         return (String(host), port)
     }
 
-    /// Whether only this machine can reach it: a Unix socket, or TCP on a loopback address.
+    /// A number of digits only: integers of Swift take a sign.
+    private static func number<T: FixedWidthInteger>(_ text: Substring) -> T? {
+        text.utf8.allSatisfy { (UInt8(ascii: "0")...UInt8(ascii: "9")).contains($0) } ? T(text) : nil
+    }
+
+    /// Whether only this machine can reach it: a Unix socket, or TCP on a loopback address. A name other than localhost
+    /// can mean any address, whatever it looks like.
     public var isLocal: Bool {
         switch self {
         case .unix: true
         case .vsock: false
-        case .tcp(let host, _): host == "localhost" || host == "::1" || host.hasPrefix("127.")
+        case .tcp(let host, _): host == "localhost" || IPAddress(host)?.isLoopback == true
         }
     }
 
@@ -132,7 +138,7 @@ public struct ListeningSocket: Sendable {
         withUnsafeMutableBytes(of: &name.sun_path) { $0.copyBytes(from: path.utf8.prefix($0.count - 1)) }
         let size = UInt32(MemoryLayout<sockaddr_un>.size)
         var result = dg_bind(number, &name, size)
-        if result == -EADDRINUSE && isStale(&name) {
+        if result == -EADDRINUSE && isStale(path, &name) {
             unlink(path)
             result = dg_bind(number, &name, size)
         }
@@ -141,8 +147,11 @@ public struct ListeningSocket: Sendable {
         return descriptor
     }
 
-    /// Whether a socket's path was left by a process that is gone: it exists and refuses connections.
-    private static func isStale(_ name: inout sockaddr_un) -> Bool {
+    /// Whether a path was left by a process that is gone: it is a socket and refuses connections. (Files that are no
+    /// sockets refuse connections too.)
+    private static func isStale(_ path: String, _ name: inout sockaddr_un) -> Bool {
+        var status = stat()
+        if lstat(path, &status) < 0 || status.st_mode & S_IFMT != S_IFSOCK { return false }
         let probe = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
         if probe < 0 { return false }
         defer { close(probe) }

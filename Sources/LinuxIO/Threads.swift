@@ -2,6 +2,7 @@
 public import Block
 import CLinux
 import Glibc
+import Synchronization
 
 /// Starts a detached thread.
 ///
@@ -45,6 +46,9 @@ public final class Lanes: @unchecked Sendable {
 
     /// The most threads: as many as nbdkit gives a connection, enough to keep a storage queue busy.
     public static let threadsMax = 16
+    /// The most lane threads of all connections together, besides the first of each.
+    static let processThreadsMax = 512
+    private static let allThreads = Atomic<Int>(0)
     /// Seconds that an idle thread stays.
     static let idleSeconds = 5
 
@@ -87,8 +91,14 @@ public final class Lanes: @unchecked Sendable {
         pthread_mutex_lock(mutex)
         jobs.append(job)
         let waiting = jobs.count - nextJob
-        let needsThread = waiting > idle && threads < Self.threadsMax
-        if needsThread { threads += 1 }
+        // Everybody gets one lane; further ones as long as the process has not too many.
+        let needsThread =
+            waiting > idle && threads < Self.threadsMax
+            && (threads == 0 || Self.allThreads.load(ordering: .relaxed) < Self.processThreadsMax)
+        if needsThread {
+            threads += 1
+            Self.allThreads.add(1, ordering: .relaxed)
+        }
         pthread_cond_signal(condition)
         pthread_mutex_unlock(mutex)
         guard needsThread else { return }
@@ -97,6 +107,7 @@ public final class Lanes: @unchecked Sendable {
         } catch {
             pthread_mutex_lock(mutex)
             threads -= 1
+            Self.allThreads.subtract(1, ordering: .relaxed)
             let alone = threads == 0
             pthread_mutex_unlock(mutex)
             if alone { while let job = take(waiting: false) { job() } }
@@ -105,6 +116,7 @@ public final class Lanes: @unchecked Sendable {
 
     private func work() {
         while let job = take(waiting: true) { job() }
+        Self.allThreads.subtract(1, ordering: .relaxed)
     }
 
     private func take(waiting: Bool) -> (@Sendable () -> Void)? {

@@ -16,15 +16,16 @@ struct DirectoryResolver: FileResolver {
 
     func open(_ name: String) throws(BlockError) -> ResolvedFile {
         let path = normalised(name.hasPrefix("/") ? name : "\(directory)/\(name)")
-        guard let root = allowed.first(where: { path.hasPrefix($0 == "/" ? "/" : "\($0)/") }) else {
+        guard let root = allowed.first(where: { path.utf8.starts(with: ($0 == "/" ? "/" : "\($0)/").utf8) }) else {
             throw BlockError(
                 .denied,
-                "\(path) does not lie beneath \(allowed.joined(separator: " or ")); if this image may use it, allow its "
-                    + "directory with --image-directory")
+                "\(path) does not lie beneath \(allowed.joined(separator: " or ")); if this image may use it, allow "
+                    + "its directory with --image-directory")
         }
         let folder = try Descriptor.open(root, O_PATH | O_DIRECTORY)
-        let inside = String(path.dropFirst(root == "/" ? 1 : root.utf8.count + 1))
-        let flags = O_RDONLY | (options.isDirect ? O_DIRECT : 0)
+        let inside = String(path.utf8.dropFirst(root == "/" ? 1 : root.utf8.count + 1)) ?? path
+        // Without waiting, should it be a pipe.
+        let flags = O_RDONLY | O_NONBLOCK | (options.isDirect ? O_DIRECT : 0)
         let number = dg_open_beneath(folder.number, inside, flags)
         if number == -EXDEV {
             throw BlockError(
@@ -33,7 +34,9 @@ struct DirectoryResolver: FileResolver {
                     + "--image-directory")
         }
         if number < 0 { throw BlockError(errno: -number, "opening \(path)") }
-        return try resolved(Descriptor(owning: number), path: path)
+        let file = Descriptor(owning: number)
+        file.makeBlocking()
+        return try resolved(file, path: path)
     }
 
     /// What an open file is, with a resolver for the files it names in turn.

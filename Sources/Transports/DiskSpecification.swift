@@ -51,6 +51,9 @@ public struct DiskSpecification: Sendable {
             let size = device.info.size
             let (end, overflow) = offset.addingReportingOverflow(length ?? (size > offset ? size - offset : 0))
             guard !overflow, offset < end else {
+                if length == 0 {
+                    throw BlockError(.invalid, "taking 0 bytes of \(source): give a length of at least 1")
+                }
                 throw BlockError(.outOfRange, "taking bytes from \(offset) of \(source): it has only \(size)")
             }
             device = try SliceDevice(device, range: offset..<end, label: "from \(offset)")
@@ -89,12 +92,13 @@ extension SourceReference {
         case .path(let path): return try openPath(path, writable: writable, imageDirectories: imageDirectories)
         case .memory(let size):
             try allow([])
+            if size == 0 { throw BlockError(.invalid, "opening \(self): a disk has at least 1 byte") }
             return try NamelessFile.memory(size: size)
         case .pattern(let size):
             try allow(["seed", "allocated"])
             let text = parameter("allocated") ?? "100%"
-            guard let seed = UInt64(parameter("seed") ?? "0"), let percent = Double(text.split(separator: "%")[0])
-            else {
+            let number = text.last == "%" ? text.dropLast() : text[...]
+            guard let seed = UInt64(parameter("seed") ?? "0"), let percent = Double(number) else {
                 throw BlockError(.invalid, "opening \(self): give seed=NUMBER and allocated=PERCENT%")
             }
             return try PatternDevice(size: size, seed: seed, allocatedShare: percent / 100)

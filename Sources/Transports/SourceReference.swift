@@ -31,11 +31,12 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         "point": "a restore point",
     ]
 
-    /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, the URIs with ?KEY=VALUE&...
+    /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, URIs with ?KEY=VALUE&...
     ///
     /// - Throws: `.invalid` for a malformed reference, `.unsupported` for a scheme that cannot be opened here.
     public init(_ text: String) throws(BlockError) {
         description = text
+        if text.utf8.contains(0) { throw BlockError(.invalid, "a source with a zero byte in it names nothing") }
         guard let colon = text.firstIndex(of: ":"), Self.isScheme(text[..<colon]) else {
             if text.isEmpty { throw BlockError(.invalid, "a source is missing: give a path or a URI") }
             kind = .path(text)
@@ -74,10 +75,12 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         var parameters: [(String, String)] = []
         for item in query.split(separator: "&") {
             let parts = item.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
-            guard parts.count == 2, let key = decoded(parts[0]), let value = decoded(parts[1]) else {
-                throw BlockError(.invalid, "opening \(text): \(item) is no KEY=VALUE")
-            }
-            parameters.append((key, value))
+            // A last % begins no %XX: people write shares as 30%, without thinking of the URI around them.
+            let isShare = parts.count == 2 && parts[1].last == "%"
+            guard parts.count == 2, let key = decoded(parts[0]),
+                let value = decoded(isShare ? parts[1].dropLast() : parts[1])
+            else { throw BlockError(.invalid, "opening \(text): \(item) is no KEY=VALUE") }
+            parameters.append((key, isShare ? value + "%" : value))
         }
         return parameters
     }
@@ -106,7 +109,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
                 continue
             }
             let digits = rest.prefix(2)
-            guard digits.count == 2, let value = UInt8(String(decoding: digits, as: UTF8.self), radix: 16) else {
+            let isHex = digits.allSatisfy { Character(UnicodeScalar($0)).isHexDigit }
+            guard isHex, digits.count == 2, let value = UInt8(String(decoding: digits, as: UTF8.self), radix: 16) else {
                 // A percent sign that stands for itself: allocated=30%.
                 bytes.append(byte)
                 continue
@@ -153,9 +157,10 @@ public struct ByteCount: Sendable, Equatable {
     public init(_ text: String) throws(BlockError) {
         let digits = text.prefix { $0.isASCII && $0.isNumber }
         var suffix = text[digits.endIndex...].lowercased()
-        if suffix.hasSuffix("ib") { suffix.removeLast(2) }
+        // "iB" belongs behind a letter. (Only ASCII: the Kelvin sign, for one, becomes a k in lower case.)
+        if suffix.hasSuffix("ib"), let letter = suffix.first, "kmgtpe".contains(letter) { suffix.removeLast(2) }
         let shifts: [String: UInt64] = ["": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60]
-        guard let number = UInt64(digits), let shift = shifts[suffix] else {
+        guard let number = UInt64(digits), text.utf8.allSatisfy({ $0 < 128 }), let shift = shifts[suffix] else {
             throw BlockError(.invalid, "\(text) is no number of bytes: give digits and one of K, M, G, T, P")
         }
         let (product, overflow) = number.multipliedReportingOverflow(by: 1 << shift)

@@ -17,6 +17,9 @@ struct CatCommand: ParsableCommand {
                 let written = Glibc.write(STDOUT_FILENO, bytes.baseAddress?.advanced(by: done), bytes.count - done)
                 if written > 0 {
                     done += written
+                } else if errno == EPIPE {
+                    // Whoever reads has enough: no error, as with every other filter.
+                    Glibc.exit(0)
                 } else if errno != EINTR {
                     throw BlockError(errno: errno, "writing to standard output")
                 }

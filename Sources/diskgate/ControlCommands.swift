@@ -1,6 +1,8 @@
 // `diskgate exports` and `diskgate clients`: a running server's control socket on the command line.
 import ArgumentParser
 import Gateway
+import Glibc
+import Transports
 
 struct ExportsCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
@@ -32,19 +34,37 @@ struct ExportsCommand: ParsableCommand {
         @Flag(help: "Let clients write to the source.") var writable = false
         @Flag(help: "Let clients write to scratch space over the source.") var overlay = false
         @Option(help: "Take this partition.") var partition: Int?
+        @Option(help: ArgumentHelp("Leave out this many bytes at the start.", valueName: "bytes"))
+        var offset: ByteArgument?
+        @Option(help: ArgumentHelp("Take only this many bytes.", valueName: "bytes")) var length: ByteArgument?
+        @Option(help: ArgumentHelp("Admit these clients, instead of those that the server admits.", valueName: "rule"))
+        var allow: [String] = []
         @OptionGroup var server: ControlArguments
 
         func validate() throws {
             if writable && overlay { throw ValidationError("--writable and --overlay exclude each other.") }
         }
 
+        /// A path as the server finds it; a URI as it is.
+        private func absolute(_ source: String) -> String {
+            guard let reference = try? SourceReference(source), case .path(let path) = reference.kind, path == source,
+                !path.hasPrefix("/"), let directory = getcwd(nil, 0)
+            else { return source }
+            defer { free(directory) }
+            return "\(String(cString: directory))/\(path)"
+        }
+
         func run() throws {
             var request = ControlRequest(command: "add")
-            request.source = source
+            // The server has another working directory.
+            request.source = absolute(source)
             request.name = name
             request.description = description
             request.access = writable ? "writable" : overlay ? "overlay" : "read-only"
             request.partition = partition
+            request.offset = offset?.bytes
+            request.length = length?.bytes
+            if !allow.isEmpty { request.allow = allow }
             _ = try server.send(request)
         }
     }
@@ -79,8 +99,8 @@ struct ClientsCommand: ParsableCommand {
             for client in clients {
                 let export = client.export.map { "export \"\($0)\"" } ?? "handshake"
                 print(
-                    "\(client.id) \(client.peer) \(export) \(client.bytesRead) bytes read, \(client.bytesWritten) written"
-                )
+                    "\(client.id) \(client.peer) \(export) "
+                        + "\(client.bytesRead) bytes read, \(client.bytesWritten) written")
             }
         }
     }

@@ -67,8 +67,8 @@ struct ServeCommand: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "Inject a fault, for tests: KIND[@START-END][%PERCENT], KIND read-error, write-error, no-space, flush-error "
-                + "or corruption; END is not included. May be repeated.",
+            "Inject a fault, for tests: KIND[@START-END][%PERCENT], KIND read-error, write-error, no-space, "
+                + "flush-error or corruption; END is not included. May be repeated.",
             valueName: "fault"))
     var fault: [String] = []
 
@@ -80,6 +80,12 @@ struct ServeCommand: ParsableCommand {
 
     @Option(help: "The most clients at once.")
     var maxConnections = 1024
+
+    @Option(help: "The most clients of one export.")
+    var maxPerExport = 1024
+
+    @Option(help: "The most clients of one address, user (at Unix sockets) or virtual machine.")
+    var maxPerPeer = 1024
 
     @Option(help: ArgumentHelp("Time for the whole handshake.", valueName: "seconds"))
     var handshakeTimeout = 10
@@ -93,12 +99,12 @@ struct ServeCommand: ParsableCommand {
     @Option(
         name: .customLong("run"),
         help: ArgumentHelp(
-            "Run a shell command with $uri, $unixsocket or $port, and $exportname set; stop when it ends, with its exit "
-                + "status. Without --listen on a private Unix socket.",
+            "Run a shell command with $uri, $unixsocket or $port, and $exportname set; stop when it ends, with its "
+                + "exit status. Without --listen on a private Unix socket.",
             valueName: "command"))
     var command: String?
 
-    @Flag(help: "Serve one client on standard input and output.")
+    @Flag(help: "Serve one client on standard input and output, unless a socket was handed over (LISTEN_FDS).")
     var stdio = false
 
     @Flag(name: .shortAndLong, help: "Tell about every client.")
@@ -114,10 +120,14 @@ struct ServeCommand: ParsableCommand {
         }
         if name.count > sources.count { throw ValidationError("There are more names than sources.") }
         if description.count > sources.count { throw ValidationError("There are more descriptions than sources.") }
-        if stdio && (!listen.isEmpty || command != nil) {
-            throw ValidationError("--stdio serves one client where it stands: no --listen, no --run.")
+        if stdio && (!listen.isEmpty || command != nil || control != nil || exitWithLast) {
+            throw ValidationError(
+                "--stdio serves one client where it stands: no --listen, --run, --control or --exit-with-last.")
         }
-        if !(1...65536).contains(maxConnections) { throw ValidationError("--max-connections is 1 to 65536.") }
+        for limit in [maxConnections, maxPerExport, maxPerPeer] where !(1...65536).contains(limit) {
+            throw ValidationError("A number of clients is 1 to 65536.")
+        }
+        if limitRate?.bytes == 0 { throw ValidationError("--limit-rate is at least 1 byte per second.") }
         if !(1...3600).contains(handshakeTimeout) { throw ValidationError("--handshake-timeout is 1 to 3600 seconds.") }
         if !(0...3600).contains(grace) { throw ValidationError("--grace is 0 to 3600 seconds.") }
         if max(delayRead, delayWrite) > 600_000 { throw ValidationError("A delay is at most 600000 milliseconds.") }
@@ -148,7 +158,12 @@ struct ServeCommand: ParsableCommand {
         request.exitsWithLast = exitWithLast
         request.command = command
         request.control = try control.map { try ListenAddress($0, defaultPort: 0) }
+        request.defaults.options = try options()
+        request.defaults.imageDirectories = part.imageDirectory
+        request.defaults.scratchDirectory = scratch
+        request.allowsRemote = tls != nil
         request.limits.connectionsMax = maxConnections
+        request.limits.connectionsPerPeerMax = maxPerPeer
         request.limits.handshakeSeconds = handshakeTimeout
         request.graceSeconds = grace
         return request
@@ -172,7 +187,7 @@ struct ServeCommand: ParsableCommand {
         options.bytesPerSecondMax = limitRate?.bytes
         options.readDelayMS = delayRead
         options.writeDelayMS = delayWrite
-        options.connectionsMax = maxConnections
+        options.connectionsMax = maxPerExport
         return options
     }
 
@@ -186,12 +201,6 @@ struct ServeCommand: ParsableCommand {
     private func addresses() throws -> [ListenAddress] {
         var addresses = try listen.map { try ListenAddress($0, defaultPort: NBD.defaultPort) }
         if addresses.isEmpty && command == nil { addresses = [.tcp(host: "127.0.0.1", port: NBD.defaultPort)] }
-        if tls == nil, let open = addresses.first(where: { !$0.isLocal }) {
-            throw BlockError(
-                .denied,
-                "listening on \(open): other machines could read the disks in clear text; say --tls off if that is meant"
-            )
-        }
         return addresses
     }
 }

@@ -15,8 +15,8 @@ private func memory(_ content: [UInt8]) throws -> RawFileDevice {
 }
 
 /// A disk whose places move, that holds `content`.
-private func relocating(_ content: [UInt8]) throws -> RelocatingDevice {
-    let device = try RelocatingDevice(size: UInt64(content.count))
+private func relocating(_ content: [UInt8]) throws -> any BlockDevice {
+    let device = try makeRelocatingDevice(size: UInt64(content.count))
     try content.withUnsafeBytes { try device.write($0, at: 0, durable: false) }
     return device
 }

@@ -132,7 +132,8 @@ private func makeGPT(_ scratch: Scratch, sectorSize: Int) throws {
         try scratch.run(
             "sfdisk", "-q", "disk.raw",
             input:
-                "label: dos\n1: start=40960, size=60000, type=f\n4: start=2048, size=2048, type=83\n5: size=2M\n6: size=1M\n"
+                "label: dos\n1: start=40960, size=60000, type=f\n4: start=2048, size=2048, type=83\n"
+                + "5: size=2M\n6: size=1M\n"
         )
         try expectSameAsSfdisk(scratch)
         try scratch.run("sfdisk", "-q", "--delete", "disk.raw", "5")

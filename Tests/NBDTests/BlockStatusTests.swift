@@ -16,13 +16,16 @@ private let gigabyte: UInt64 = 1 << 30
     }
 
     /// What the device itself says, cut to the server's limit of extents.
-    private func expected(_ device: any BlockDevice, _ range: Range<UInt64>, capacity: Int = 8192) throws -> [[UInt64]] {
+    private func expected(_ device: any BlockDevice, _ range: Range<UInt64>, capacity: Int = 8192) throws -> [[UInt64]]
+    {
         var list = StatusList(capacity: capacity)
         _ = try device.status(.allocation, of: range, into: &list)
         return list.extents.map { [$0.length, UInt64($0.value)] }
     }
 
-    private func plain(_ extents: [StatusExtent]?) -> [[UInt64]] { (extents ?? []).map { [$0.length, UInt64($0.value)] } }
+    private func plain(_ extents: [StatusExtent]?) -> [[UInt64]] {
+        (extents ?? []).map { [$0.length, UInt64($0.value)] }
+    }
 
     @Test(arguments: [HeaderMode.structured, .extended])
     func `status tells what the device knows, unaligned ends included`(_ mode: HeaderMode) throws {
@@ -115,7 +118,8 @@ private let gigabyte: UInt64 = 1 << 30
 
     private func filtered(_ client: TestClient, _ payload: [UInt8], length: UInt64? = nil) throws -> Answer {
         let request = Request(
-            NBD.Command.blockStatus, flags: .payloadLength, cookie: 6, offset: 0, length: length ?? UInt64(payload.count))
+            NBD.Command.blockStatus, flags: .payloadLength, cookie: 6, offset: 0,
+            length: length ?? UInt64(payload.count))
         return try client.ask(request, payload)
     }
 
@@ -132,18 +136,21 @@ private let gigabyte: UInt64 = 1 << 30
         [], [0], [UInt8](repeating: 0, count: 7), bytes(UInt64(512)), bytes(UInt64(512), [UInt8(0)]),
         bytes(UInt64(512), [UInt8(0), 0, 0]), bytes(UInt64(512), UInt32(2)), bytes(UInt64(512), UInt32.max),
         bytes(UInt64(512), UInt32(0), UInt32(0)), bytes(UInt64(512), UInt32(0), UInt32(1), UInt32(1)),
-        bytes(UInt64(512), UInt32(0), UInt32(1), UInt32(2)), bytes(gigabyte + 1, UInt32(0)), bytes(UInt64.max, UInt32(0)),
+        bytes(UInt64(512), UInt32(0), UInt32(1), UInt32(2)), bytes(gigabyte + 1, UInt32(0)),
+        bytes(UInt64.max, UInt32(0)),
         bytes(UInt64(0), UInt32(0)), [UInt8](repeating: 0, count: 200_000),
     ]
 
-    @Test(arguments: badFilters) func `a bad filter is invalid and the stream stays in step`(_ payload: [UInt8]) throws {
+    @Test(arguments: badFilters) func `a bad filter is invalid and the stream stays in step`(_ payload: [UInt8]) throws
+    {
         let client = try TestServer(try PatternDevice(size: gigabyte)).enter(.extended, contexts: Self.both)
         #expect(try filtered(client, payload).error == NBD.ErrorValue.invalid)
         #expect(plain(try filtered(client, bytes(UInt64(512), UInt32(1))).status[1]) == [[512, 1]])
     }
 
     @Test func `a filter where only one context was negotiated`() throws {
-        let client = try TestServer(try PatternDevice(size: gigabyte)).enter(.extended, contexts: ["qemu:allocation-depth"])
+        let client = try TestServer(try PatternDevice(size: gigabyte)).enter(
+            .extended, contexts: ["qemu:allocation-depth"])
         #expect(try filtered(client, bytes(UInt64(512), UInt32(0))).error == NBD.ErrorValue.invalid)
         #expect(plain(try filtered(client, bytes(UInt64(512), UInt32(1))).status[1]) == [[512, 1]])
     }

@@ -28,12 +28,14 @@ import Testing
             request: Request(
                 NBD.Command.blockStatus, flags: [.payloadLength, .requestOne], cookie: 9, offset: 1 << 40, length: 12),
             bytes: [
-                0x21, 0xE4, 0x1C, 0x71, 0, 0x28, 0, 7, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                0x21, 0xE4, 0x1C, 0x71, 0, 0x28, 0, 7, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                0,
                 12,
             ]),
         RequestCase(
             name: "zeroes of 2^63, extended", mode: .extended,
-            request: Request(NBD.Command.writeZeroes, flags: [.fastZero, .noHole], cookie: 1, offset: 0, length: 1 << 63),
+            request: Request(
+                NBD.Command.writeZeroes, flags: [.fastZero, .noHole], cookie: 1, offset: 0, length: 1 << 63),
             bytes: [0x21, 0xE4, 0x1C, 0x71, 0, 0x12, 0, 6, 0, 0, 0, 0, 0, 0, 0, 1] + [UInt8](repeating: 0, count: 8)
                 + [0x80, 0, 0, 0, 0, 0, 0, 0]),
     ]
@@ -92,7 +94,8 @@ import Testing
             name: "extended error with offset", mode: .extended,
             header: ReplyHeader(flags: 0, type: NBD.Chunk.errorOffset, cookie: 4, offset: 5, length: 1 << 32),
             bytes: [
-                0x6E, 0x8A, 0x27, 0x8C, 0, 0, 0x80, 2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 0,
+                0x6E, 0x8A, 0x27, 0x8C, 0, 0, 0x80, 2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0,
+                0, 0,
             ]),
     ]
 
@@ -109,7 +112,9 @@ import Testing
         #expect(known.bytes.withUnsafeBytes { ReplyHeader($0) } == known.header)
     }
 
-    @Test(arguments: replies) func `a reply header cut at any length, or with another magic, is none`(_ known: ReplyCase) {
+    @Test(arguments: replies) func `a reply header cut at any length, or with another magic, is none`(
+        _ known: ReplyCase
+    ) {
         for count in 0..<known.bytes.count {
             #expect(known.bytes[..<count].withUnsafeBytes { ReplyHeader($0) } == nil, "\(count) bytes")
         }

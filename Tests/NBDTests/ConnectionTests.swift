@@ -9,7 +9,9 @@ import Testing
 private let allModes = [HeaderMode.simple, .structured, .extended]
 
 @Suite struct ConnectionTests {
-    private func request(_ command: UInt16, _ cookie: UInt64, _ offset: UInt64 = 0, _ length: UInt64 = 0, mode: HeaderMode)
+    private func request(
+        _ command: UInt16, _ cookie: UInt64, _ offset: UInt64 = 0, _ length: UInt64 = 0, mode: HeaderMode
+    )
         -> [UInt8]
     {
         var bytes: [UInt8] = []
@@ -62,13 +64,15 @@ private let allModes = [HeaderMode.simple, .structured, .extended]
 
     @Test(arguments: allModes) func `DISC answers what is in flight first`(_ mode: HeaderMode) throws {
         let gate = Gate()
-        let device = ScriptedDevice([UInt8](repeating: 4, count: 1 << 20), beforeRead: { (_) throws(BlockError) in gate.pass() })
+        let device = ScriptedDevice(
+            [UInt8](repeating: 4, count: 1 << 20), beforeRead: { (_) throws(BlockError) in gate.pass() })
         let server = try TestServer(device)
         let client = try server.enter(mode)
         for cookie in UInt64(1)...8 {
             try client.submit(Request(NBD.Command.read, cookie: cookie, offset: cookie * 4096, length: 4096))
         }
-        try client.send(request(NBD.Command.disconnect, 0, mode: mode) + request(NBD.Command.read, 99, 0, 1, mode: mode))
+        try client.send(
+            request(NBD.Command.disconnect, 0, mode: mode) + request(NBD.Command.read, 99, 0, 1, mode: mode))
         #expect(gate.waitForArrivals(8))
         gate.open()
         for (_, answer) in try client.receiveAll(8) { #expect(isAll(answer.data, 4)) }
@@ -202,7 +206,8 @@ private let allModes = [HeaderMode.simple, .structured, .extended]
 
     @Test(arguments: allModes) func `stop answers what was received, then closes`(_ mode: HeaderMode) throws {
         let gate = Gate()
-        let device = ScriptedDevice([UInt8](repeating: 4, count: 1 << 20), beforeRead: { (_) throws(BlockError) in gate.pass() })
+        let device = ScriptedDevice(
+            [UInt8](repeating: 4, count: 1 << 20), beforeRead: { (_) throws(BlockError) in gate.pass() })
         let server = try TestServer(device)
         let client = try server.enter(mode)
         for cookie in UInt64(1)...16 {

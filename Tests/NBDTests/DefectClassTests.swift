@@ -32,7 +32,8 @@ import Testing
                 if round % 3 == 2 {
                     // A reset instead of an orderly end: unread replies are thrown away.
                     var linger = linger(l_onoff: 1, l_linger: 0)
-                    setsockopt(client.socket.number, SOL_SOCKET, SO_LINGER, &linger, socklen_t(MemoryLayout<linger>.size))
+                    setsockopt(
+                        client.socket.number, SOL_SOCKET, SO_LINGER, &linger, socklen_t(MemoryLayout<linger>.size))
                 }
                 shutdown(client.socket.number, Int32(SHUT_RDWR))
             }
@@ -74,7 +75,8 @@ import Testing
 
     @Test func `CVE-2019-14850: nothing is read from a disk before a client has chosen it`() throws {
         let device = ScriptedDevice(
-            [UInt8](repeating: 1, count: 4096), beforeRead: { (_) throws(BlockError) in Issue.record("the disk was read") })
+            [UInt8](repeating: 1, count: 4096),
+            beforeRead: { (_) throws(BlockError) in Issue.record("the disk was read") })
         let server = try TestServer(device)
         for _ in 0..<50 {
             let client = try server.connect()
@@ -92,7 +94,9 @@ import Testing
         var dice = Dice(seed: 14851)
         for cookie in UInt64(1)...2000 {
             let command = UInt16.random(in: 3...9, using: &dice)
-            let edges: [UInt64] = [0, 1, 511, 4096, 1 << 20, (1 << 20) - 1, 1 << 31, 1 << 32, .max, .max - 511, 1 << 63]
+            let edges: [UInt64] = [
+                0, 1, 511, 4096, 1 << 20, (1 << 20) - 1, 1 << 31, 1 << 32, .max, .max - 511, 1 << 63,
+            ]
             var length = edges.randomElement(using: &dice) ?? 0
             if mode != .extended { length &= 0xFFFF_FFFF }
             let flags = NBD.CommandFlags(rawValue: UInt16.random(in: 0...31, using: &dice))
@@ -111,7 +115,8 @@ import Testing
                 beforeRead: { (_) throws(BlockError) in throw BlockError(.inputOutput, text) },
                 beforeWrite: { (_) throws(BlockError) in throw BlockError(.noSpace, text) })
             let client = try TestServer(device).enter(mode)
-            for answer in [try client.read(0, 4096), try client.read(0, 4096, .dontFragment), try client.write(0, [1])] {
+            for answer in [try client.read(0, 4096), try client.read(0, 4096, .dontFragment), try client.write(0, [1])]
+            {
                 #expect(answer.error != nil)
                 let told = answer.texts.first ?? "none"
                 #expect(text.hasPrefix(told) && told.utf8.count <= 4096)
@@ -157,7 +162,8 @@ import Testing
     // MARK: - An image that shrinks while it is served
 
     @Test(arguments: [HeaderMode.structured, .extended], [65536, 262_144, 300_000, 1 << 20] as [UInt64])
-    func `a shrunken image is an error with its offset, never other bytes`(_ mode: HeaderMode, _ length: UInt64) throws {
+    func `a shrunken image is an error with its offset, never other bytes`(_ mode: HeaderMode, _ length: UInt64) throws
+    {
         let (device, file) = try stableFile(1 << 20)
         let expected = try content(device, 0, 1 << 20)
         let server = try TestServer(device)
@@ -194,7 +200,8 @@ import Testing
         options.isWritable = true
         let client = try TestServer(try RawFileDevice(file, name: "shrinking", options)).enter(mode)
         #expect(ftruncate(file.number, 500_000) == 0)
-        for (offset, length) in [(499_999, 2), (400_000, 200_000), (0, 1 << 20), (900_000, 4096)] as [(UInt64, UInt64)] {
+        for (offset, length) in [(499_999, 2), (400_000, 200_000), (0, 1 << 20), (900_000, 4096)] as [(UInt64, UInt64)]
+        {
             #expect(try client.read(offset, length).error == NBD.ErrorValue.inputOutput)
         }
         #expect(try client.read(0, 500_000).error == nil)

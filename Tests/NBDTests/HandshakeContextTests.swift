@@ -22,11 +22,13 @@ private typealias Opt = NBD.Option
         answers.filter { $0.type == Rep.metaContext }.map { String(decoding: $0.payload.dropFirst(4), as: UTF8.self) }
     }
 
-    @Test(arguments: [
-        ([], all), (["base:"], [all[0]]), (["qemu:"], Array(all[1...])), (["qemu:dirty-bitmap:"], Array(all[2...])),
-        (["base:allocation", "base:"], [all[0]]), (["unknown:"], []), (["base:other", "qemu:dirty-bitmap:three"], []),
-        ([all[3], all[0]], [all[0], all[3]]), ([""], []),
-    ] as [([String], [String])])
+    @Test(
+        arguments: [
+            ([], all), (["base:"], [all[0]]), (["qemu:"], Array(all[1...])), (["qemu:dirty-bitmap:"], Array(all[2...])),
+            (["base:allocation", "base:"], [all[0]]), (["unknown:"], []),
+            (["base:other", "qemu:dirty-bitmap:three"], []),
+            ([all[3], all[0]], [all[0], all[3]]), ([""], []),
+        ] as [([String], [String])])
     func `LIST_META_CONTEXT knows all, namespaces and exact names`(_ queries: [String], _ expected: [String]) throws {
         for mode in [HeaderMode.structured, .extended] {
             var dialogue = try dialogue(mode)
@@ -37,10 +39,12 @@ private typealias Opt = NBD.Option
         }
     }
 
-    @Test(arguments: [
-        ([all[0]], [UInt32(0)]), ([all[3], all[0]], [0, 3]), ([all[1], all[1]], [1]), (["base:"], []), (["qemu:"], []),
-        ([], []), (["x-unknown:y", all[2]], [2]),
-    ] as [([String], [UInt32])])
+    @Test(
+        arguments: [
+            ([all[0]], [UInt32(0)]), ([all[3], all[0]], [0, 3]), ([all[1], all[1]], [1]), (["base:"], []),
+            (["qemu:"], []),
+            ([], []), (["x-unknown:y", all[2]], [2]),
+        ] as [([String], [UInt32])])
     func `SET_META_CONTEXT takes exact names only, and GO keeps them`(_ queries: [String], _ ids: [UInt32]) throws {
         var dialogue = try dialogue()
         let answers = dialogue.ask(Opt.setMetaContext, Payload.contexts("disk", queries))
@@ -59,11 +63,14 @@ private typealias Opt = NBD.Option
     }
 
     static let clearing: [(String, [UInt8])] = [
-        ("nothing chosen", Payload.contexts("disk", [])), ("an unknown export", Payload.contexts("none", ["base:allocation"])),
+        ("nothing chosen", Payload.contexts("disk", [])),
+        ("an unknown export", Payload.contexts("none", ["base:allocation"])),
         ("a malformed request", [0, 0]), ("another export", Payload.contexts("other", ["base:allocation"])),
     ]
 
-    @Test(arguments: clearing) func `a later SET_META_CONTEXT replaces the first`(_ name: String, _ payload: [UInt8]) throws {
+    @Test(arguments: clearing) func `a later SET_META_CONTEXT replaces the first`(_ name: String, _ payload: [UInt8])
+        throws
+    {
         var dialogue = try dialogue()
         _ = dialogue.ask(Opt.setMetaContext, Payload.contexts("disk", ["base:allocation"]))
         _ = dialogue.ask(Opt.setMetaContext, payload)

@@ -70,7 +70,8 @@ private typealias Opt = NBD.Option
         #expect(throws: BlockError.self) { try patternExport("", description: String(repeating: "d", count: 4097)) }
     }
 
-    @Test(arguments: [[0xFF], [0xC0, 0x80], [0xED, 0xA0, 0x80], [0xF5, 0x80, 0x80, 0x80], [0x61, 0xC3]] as [[UInt8]])
+    @Test(
+        arguments: [[0xFF], [0xC0, 0x80], [0xED, 0xA0, 0x80], [0xF5, 0x80, 0x80, 0x80], [0x61, 0xC3]] as [[UInt8]])
     func `CVE-2017-7539: odd bytes for a name are refused`(_ name: [UInt8]) throws {
         var dialogue = Dialogue([try patternExport("")])
         _ = dialogue.ask(Opt.structuredReply)
@@ -149,7 +150,8 @@ private typealias Opt = NBD.Option
             }
             for _ in 0..<Int.random(in: 1...4, using: &dice) {
                 let at = Int.random(in: 4..<bytes.count, using: &dice)
-                bytes[at] = [0, 1, 0x7F, 0x80, 0xFF, UInt8.random(in: 0...255, using: &dice)].randomElement(using: &dice) ?? 0
+                bytes[at] =
+                    [0, 1, 0x7F, 0x80, 0xFF, UInt8.random(in: 0...255, using: &dice)].randomElement(using: &dice) ?? 0
             }
             let dialogue = try run([bytes])
             #expect(dialogue.output.count < 1 << 20)

@@ -21,7 +21,9 @@ private typealias Opt = NBD.Option
         #expect(dialogue.types(Opt.list) == [Rep.server, Rep.ack])
     }
 
-    @Test(arguments: [UInt32(4), 0x8000_0000, 0x0001_0003, .max]) func `unknown client flags end it`(_ flags: UInt32) throws {
+    @Test(arguments: [UInt32(4), 0x8000_0000, 0x0001_0003, .max]) func `unknown client flags end it`(_ flags: UInt32)
+        throws
+    {
         #expect(Dialogue([try patternExport("")], flags: flags).end == .closed)
     }
 
@@ -44,7 +46,9 @@ private typealias Opt = NBD.Option
         #expect(dialogue.end == .transmission(export: "disk", mode: .simple, contexts: []))
     }
 
-    @Test(arguments: ["other", "DISK", "disk ", ""]) func `EXPORT_NAME of an unknown name ends it`(_ name: String) throws {
+    @Test(arguments: ["other", "DISK", "disk ", ""]) func `EXPORT_NAME of an unknown name ends it`(_ name: String)
+        throws
+    {
         var dialogue = Dialogue([try patternExport("disk")])
         dialogue.feed(TestClient.option(Opt.exportName, bytes(name)))
         #expect(dialogue.end == .closed)
@@ -64,7 +68,9 @@ private typealias Opt = NBD.Option
 
     // MARK: - NBD_OPT_INFO and NBD_OPT_GO
 
-    @Test(arguments: [Opt.info, Opt.go]) func `INFO and GO always tell size, flags and block sizes`(_ option: UInt32) throws {
+    @Test(arguments: [Opt.info, Opt.go]) func `INFO and GO always tell size, flags and block sizes`(_ option: UInt32)
+        throws
+    {
         let export = try patternExport("disk", size: 12345, description: "a text")
         var dialogue = Dialogue([export])
         let answers = dialogue.ask(option, Payload.go("disk"))
@@ -93,13 +99,16 @@ private typealias Opt = NBD.Option
 
     @Test func `flags depend on the mode`() throws {
         var dialogue = Dialogue([try patternExport("")])
-        func flags(_ answers: [OptionAnswer]) -> NBD.TransmissionFlags { .init(rawValue: answers[0].payload.number(10)) }
+        func flags(_ answers: [OptionAnswer]) -> NBD.TransmissionFlags {
+            .init(rawValue: answers[0].payload.number(10))
+        }
         #expect(flags(dialogue.ask(Opt.info, Payload.go(""))).isDisjoint(with: [.sendDF, .blockStatusPayload]))
         _ = dialogue.ask(Opt.structuredReply)
         let structured = flags(dialogue.ask(Opt.info, Payload.go("")))
         #expect(structured.contains(.sendDF) && !structured.contains(.blockStatusPayload))
         _ = dialogue.ask(Opt.extendedHeaders)
-        #expect(flags(dialogue.ask(Opt.info, Payload.go(""))).isSuperset(of: [.sendDF, .blockStatusPayload, .readOnly]))
+        #expect(
+            flags(dialogue.ask(Opt.info, Payload.go(""))).isSuperset(of: [.sendDF, .blockStatusPayload, .readOnly]))
     }
 
     @Test(arguments: [Opt.info, Opt.go]) func `INFO and GO of an unknown export are refused and may be repeated`(
@@ -191,7 +200,8 @@ private typealias Opt = NBD.Option
             #expect(hidden == missing && hidden.map(\.type) == [Rep.errorUnknown])
         }
         _ = stranger.ask(Opt.structuredReply)
-        #expect(stranger.types(Opt.setMetaContext, Payload.contexts("secret", ["base:allocation"])) == [Rep.errorUnknown])
+        #expect(
+            stranger.types(Opt.setMetaContext, Payload.contexts("secret", ["base:allocation"])) == [Rep.errorUnknown])
         var friend = Dialogue(exports, peer: .unix(pid: 1, uid: 4711, gid: 1000))
         #expect(friend.types(Opt.list) == [Rep.server, Rep.server, Rep.ack])
         #expect(friend.types(Opt.go, Payload.go("secret")).last == Rep.ack)

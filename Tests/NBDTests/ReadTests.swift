@@ -57,7 +57,8 @@ func stableFile(_ size: UInt64) throws -> (device: RawFileDevice, descriptor: In
             case "pattern": pattern
             case "writable file": try sparseFile(size)
             case "stable file": try stableFile(size).device
-            case "faulty": FaultDevice(pattern, plan: FaultPlan([.init(.readError(.inputOutput), range: 0..<1, probability: 0)]))
+            case "faulty":
+                FaultDevice(pattern, plan: FaultPlan([.init(.readError(.inputOutput), range: 0..<1, probability: 0)]))
             default: ScriptedDevice(try content(pattern, 0, size))
             }
         let expected = try content(device, 0, size)
@@ -103,7 +104,9 @@ func stableFile(_ size: UInt64) throws -> (device: RawFileDevice, descriptor: In
         #expect(sent == holes)
     }
 
-    @Test(arguments: [HeaderMode.structured, .extended]) func `DF answers in one chunk or not at all`(_ mode: HeaderMode) throws {
+    @Test(arguments: [HeaderMode.structured, .extended]) func `DF answers in one chunk or not at all`(
+        _ mode: HeaderMode
+    ) throws {
         let device = try PatternDevice(size: 4 * megabyte, seed: 2, allocatedShare: 0.3)
         let scripted = ScriptedDevice(try content(device, 0, 4 * megabyte))
         for device in [device, scripted] as [any BlockDevice] {
@@ -121,7 +124,8 @@ func stableFile(_ size: UInt64) throws -> (device: RawFileDevice, descriptor: In
     @Test(arguments: allModes) func `reads outside the disk are invalid`(_ mode: HeaderMode) throws {
         let client = try TestServer(try PatternDevice(size: megabyte + 1)).enter(mode)
         var cases: [(UInt64, UInt64)] = [
-            (megabyte + 1, 1), (megabyte, 2), (0, megabyte + 2), (.max, 1), (.max - 3, 4), (.max, 0xFFFF_FFFF), (1 << 63, 512),
+            (megabyte + 1, 1), (megabyte, 2), (0, megabyte + 2), (.max, 1), (.max - 3, 4), (.max, 0xFFFF_FFFF),
+            (1 << 63, 512),
             (0, 0), (.max, 0),
         ]
         if mode == .extended { cases += [(1, .max), (.max, .max), (1 << 63, 1 << 63), (0, 1 << 63), (512, 1 << 40)] }

@@ -3,13 +3,16 @@ public import Block
 import LinuxIO
 import Synchronization
 
-/// A writable disk in memory of 4 KiB chunks. A written chunk moves to another slot, and its old slot is the first to be
-/// reused, after `mapVersion` has changed. Every seventh chunk's place is "not in memory" for `.resident`.
-public final class RelocatingDevice: BlockDevice {
-    /// Bytes that move together.
-    public static let chunkSize: UInt64 = 4096
+/// A writable disk in memory of `size` bytes, all zeros, in 4 KiB chunks. A written chunk moves to another slot, and
+/// its old slot is the first to be reused, after `mapVersion` has changed. Every seventh chunk's place is "not in
+/// memory" for `.resident`.
+public func makeRelocatingDevice(size: UInt64) throws -> any BlockDevice { try RelocatingDevice(size: size) }
 
-    public let info: DeviceInfo
+private final class RelocatingDevice: BlockDevice {
+    /// Bytes that move together.
+    static let chunkSize: UInt64 = 4096
+
+    let info: DeviceInfo
     private let store: RawFileDevice
     private let version = Atomic<UInt64>(1)
     private let state: Locked<State>
@@ -22,8 +25,7 @@ public final class RelocatingDevice: BlockDevice {
         var fresh = 0
     }
 
-    /// A disk of `size` bytes, all zeros, with a few slots more than chunks.
-    public init(size: UInt64) throws {
+    init(size: UInt64) throws {
         let chunks = Int((size + Self.chunkSize - 1) / Self.chunkSize)
         store = try NamelessFile.memory(size: UInt64(chunks + 4) * Self.chunkSize)
         var info = DeviceInfo(size: size, format: "relocating", name: "relocating:\(size)")
@@ -33,9 +35,9 @@ public final class RelocatingDevice: BlockDevice {
         state = Locked(State(slots: Array(repeating: nil, count: chunks), free: []))
     }
 
-    public var mapVersion: UInt64 { version.load(ordering: .sequentiallyConsistent) }
+    var mapVersion: UInt64 { version.load(ordering: .sequentiallyConsistent) }
 
-    public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
+    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64
     {
         try state.withLock { (state) throws(BlockError) -> UInt64 in
@@ -94,18 +96,18 @@ public final class RelocatingDevice: BlockDevice {
         state.slots[chunk] = slot
     }
 
-    public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
+    func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
         try change(offset..<(offset + UInt64(bytes.count))) { part, memory in
             let from = Int(part.lowerBound - offset)
             memory.copyMemory(from: UnsafeRawBufferPointer(rebasing: bytes[from..<(from + memory.count)]))
         }
     }
 
-    public func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
+    func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
         try change(range) { _, memory in memory.initializeMemory(as: UInt8.self, repeating: 0) }
     }
 
-    public func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
+    func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
         let first = Int((range.lowerBound + Self.chunkSize - 1) / Self.chunkSize)
         let end = Int(range.upperBound / Self.chunkSize)
         if first >= end { return }

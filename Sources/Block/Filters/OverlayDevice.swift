@@ -109,6 +109,27 @@ public final class OverlayDevice: BlockDevice {
         if options.contains(.fastOnly) {
             throw BlockError(.unsupported, "zeroing a range of \(info.name) fast: an overlay may have to copy first")
         }
+        // Whole chunks go at once; what is cut at the ends goes the way of writes.
+        let mask = Self.chunkSize - 1
+        let (up, overflow) = range.lowerBound.addingReportingOverflow(mask)
+        let start = up & ~mask
+        let end = range.upperBound == info.size ? range.upperBound : range.upperBound & ~mask
+        guard !overflow, start < end else { return try zeroParts(range, options) }
+        if range.lowerBound < start { try zeroParts(range.lowerBound..<start, options) }
+        try withAllLocks(0) { () throws(BlockError) in
+            try scratch.zero(start..<end, options)
+            copied.set(start..<end)
+        }
+        if end < range.upperBound { try zeroParts(end..<range.upperBound, options) }
+    }
+
+    /// Runs the body while no chunk is being copied up: a copy made from below before would undo a change of the body.
+    private func withAllLocks(_ index: Int, _ body: () throws(BlockError) -> Void) throws(BlockError) {
+        if index == locks.count { return try body() }
+        try locks[index].withLock { () throws(BlockError) in try withAllLocks(index + 1, body) }
+    }
+
+    private func zeroParts(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
         let durable = options.contains(.durable)
         try change(range, durable: durable) { (part, whole) throws(BlockError) in
             if let whole {

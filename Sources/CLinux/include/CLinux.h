@@ -22,10 +22,7 @@ dg_ring *dg_ring_create(unsigned entries, int *error);
 void dg_ring_destroy(dg_ring *ring);
 // Queue one operation; false when the submission queue is full (submit, then try again).
 bool dg_ring_read(dg_ring *ring, int fd, void *buffer, unsigned length, uint64_t offset, uint64_t user_data);
-bool dg_ring_write(dg_ring *ring, int fd, const void *buffer, unsigned length, uint64_t offset, bool durable,
-                   uint64_t user_data);
 bool dg_ring_poll_in(dg_ring *ring, int fd, uint64_t user_data);
-bool dg_ring_cancel(dg_ring *ring, uint64_t target, uint64_t user_data);
 // Submits what is queued and waits for at least `wait` completions.
 int dg_ring_submit_and_wait(dg_ring *ring, unsigned wait);
 // Copies up to `capacity` completions and marks them seen.
@@ -36,13 +33,15 @@ unsigned dg_ring_reap(dg_ring *ring, dg_completion *completions, unsigned capaci
 int dg_block_size64(int fd, uint64_t *bytes);
 int dg_block_logical_size(int fd, unsigned *bytes);
 int dg_block_physical_size(int fd, unsigned *bytes);
-int dg_block_io_min(int fd, unsigned *bytes);
 int dg_block_io_opt(int fd, unsigned *bytes);
 int dg_block_read_only_get(int fd, bool *read_only);
 int dg_block_read_only_set(int fd, bool read_only);
+// Makes a node read-only in the kernel until dg_block_unguard, or until this process exits or is ended by SIGINT,
+// SIGTERM or SIGHUP. -EMFILE when too many nodes are guarded.
+int dg_block_guard(int fd);
+void dg_block_unguard(int fd);
 int dg_block_discard(int fd, uint64_t offset, uint64_t length);
 int dg_block_zero_out(int fd, uint64_t offset, uint64_t length);
-int dg_block_flush_buffers(int fd);
 int dg_block_disk_sequence(int fd, uint64_t *sequence);
 
 // ---- files ----
@@ -86,8 +85,6 @@ int dg_unix_peer(int fd, int32_t *pid, uint32_t *uid, uint32_t *gid);
 int dg_signalfd(const int *signals, int count);
 int dg_signal_read(int fd);
 int dg_eventfd(void);
-// Asks the kernel to send SIGTERM to this process when its parent dies.
-int dg_die_with_parent(void);
 // Unmaps the program's own code and constants from this process; what is still used comes back from the page cache.
 // A server that starts with a large command-line parser and then runs a small loop gets most of its memory back.
 void dg_forget_startup_pages(void);

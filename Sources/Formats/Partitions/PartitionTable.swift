@@ -66,10 +66,9 @@ public struct PartitionTable: Sendable {
     public func partition(_ number: Int) throws(BlockError) -> Partition {
         guard let found = partitions.first(where: { $0.number == number }) else {
             let numbers = partitions.map { String($0.number) }.joined(separator: ", ")
+            let known = numbers.isEmpty ? "none at all" : numbers
             throw BlockError(
-                .notFound,
-                "choosing partition \(number): there is no such partition (\(numbers.isEmpty ? "none at all" : numbers))"
-            )
+                .notFound, "choosing partition \(number): there is no such partition (\(known))")
         }
         if let problem = found.problem {
             throw BlockError(.outOfRange, "choosing partition \(number): it cannot be used, because \(problem)")

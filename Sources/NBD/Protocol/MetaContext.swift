@@ -14,6 +14,9 @@ public struct MetaContext: Sendable, Equatable {
         self.context = context
     }
 
+    /// The most dirty bitmaps of a disk that are offered; an image may hold 65535.
+    public static let dirtyBitmapsMax = 256
+
     /// The contexts that a device has, in the order of their ids: allocation, depth where it has layers, and its
     /// dirty bitmaps (names as QEMU's docs/interop/nbd.txt has them).
     public static func contexts(of info: DeviceInfo) -> [MetaContext] {
@@ -21,7 +24,7 @@ public struct MetaContext: Sendable, Equatable {
             MetaContext(name: "base:allocation", context: .allocation),
             MetaContext(name: "qemu:allocation-depth", context: .depth),
         ]
-        for (index, name) in info.dirtyBitmaps.enumerated() {
+        for (index, name) in info.dirtyBitmaps.prefix(dirtyBitmapsMax).enumerated() {
             contexts.append(MetaContext(name: "qemu:dirty-bitmap:\(name)", context: .dirtyBitmap(index)))
         }
         return contexts

@@ -67,6 +67,22 @@ public struct Request: BitwiseCopyable, Sendable, Equatable {
         return mode == .extended && flags.contains(.payloadLength) ? length : 0
     }
 
+    /// The flags that mean something for the command (NBD protocol, "Command flags"); FUA does for every command. A
+    /// command that is not known has all: what is wrong with it is said otherwise.
+    @inline(__always)
+    func allowedFlags(_ mode: HeaderMode) -> NBD.CommandFlags {
+        let base: UInt16 = 1 << 0
+        let payload: UInt16 = mode == .extended ? 1 << 5 : 0
+        switch command {
+        case NBD.Command.read: return NBD.CommandFlags(rawValue: base | payload | (mode == .simple ? 0 : 1 << 2))
+        case NBD.Command.writeZeroes: return NBD.CommandFlags(rawValue: base | payload | 1 << 1 | 1 << 4)
+        case NBD.Command.blockStatus: return NBD.CommandFlags(rawValue: base | payload | 1 << 3)
+        case NBD.Command.write, NBD.Command.flush, NBD.Command.trim, NBD.Command.cache:
+            return NBD.CommandFlags(rawValue: base | payload)
+        default: return NBD.CommandFlags(rawValue: .max)
+        }
+    }
+
     /// Appends the header as a client sends it. In compact mode the length must fit 32 bits.
     public func encode(_ mode: HeaderMode, into output: inout [UInt8]) {
         output.appendBigEndian(mode == .extended ? NBD.extendedRequestMagic : NBD.requestMagic)

@@ -38,6 +38,10 @@ public struct ServerHandshake {
     public static let optionSkipMax: UInt32 = 1 << 20
     /// The most options that a client may send.
     public static let optionCountMax = 256
+    /// Bytes of replies after which they are sent before another option is answered.
+    public static let outputMax = 65536
+    /// The most contexts that a session may have: each costs memory in every block status reply.
+    public static let sessionContextsMax = 16
     /// The most queries in one option about meta contexts.
     public static let queryCountMax: UInt32 = 1024
 
@@ -74,7 +78,7 @@ public struct ServerHandshake {
     /// Takes what has arrived, as far as it is complete, and appends what is to be sent.
     ///
     /// - Returns: the number of bytes taken from the start of the input, and what comes next. Bytes that were not taken
-    ///   are given again, with more behind them.
+    ///   are given again, with more behind them; at once when some were taken and the output has been sent.
     public mutating func receive(_ input: UnsafeRawBufferPointer, into output: inout [UInt8])
         -> (consumed: Int, outcome: Outcome)
     {
@@ -118,6 +122,8 @@ public struct ServerHandshake {
                 optionCount += 1
                 let payload = UnsafeRawBufferPointer(rebasing: rest[16..<(16 + Int(length))])
                 if let outcome = answer(option, payload, into: &output) { return (consumed, outcome) }
+                // What was asked for is sent before more is answered, or a few requests could fill the memory.
+                if output.count > Self.outputMax { return (consumed, .more) }
             }
         }
     }
@@ -256,7 +262,8 @@ public struct ServerHandshake {
         item = []
         item.appendBigEndian(NBD.Info.blockSize)
         item.appendBigEndian(export.info.minimumBlock)
-        item.appendBigEndian(max(export.info.preferredBlock, export.info.minimumBlock))
+        // The protocol allows no preferred size below 512.
+        item.appendBigEndian(max(export.info.preferredBlock, export.info.minimumBlock, 512))
         item.appendBigEndian(Export.advertisedPayloadMax)
         reply(option, NBD.OptionReply.info, item, into: &output)
     }
@@ -276,9 +283,16 @@ public struct ServerHandshake {
         guard let export = directory.export(named: name, for: peer) else {
             return refuse(option, NBD.OptionReply.errorUnknown, "there is no such export", into: &output)
         }
+        let exact = Set(queries)
+        let spaces = exact.filter { $0.hasSuffix(":") }
         let chosen = export.contexts.enumerated().filter { _, context in
-            if isSetting { return queries.contains(context.name) }
-            return queries.isEmpty || queries.contains { context.isListed(by: $0) }
+            if isSetting { return exact.contains(context.name) }
+            return queries.isEmpty || exact.contains(context.name) || spaces.contains { context.isListed(by: $0) }
+        }
+        if isSetting && chosen.count > Self.sessionContextsMax {
+            return refuse(
+                option, NBD.OptionReply.errorTooBig, "at most \(Self.sessionContextsMax) contexts at once",
+                into: &output)
         }
         for (id, context) in chosen {
             var item: [UInt8] = []

@@ -126,6 +126,10 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
 
     private mutating func answer(_ request: Request) {
         let payload = request.payloadLength(mode)
+        if !request.flags.isSubset(of: request.allowedFlags(mode)) {
+            skipPayload(payload)
+            return replyError(request, BlockError(.invalid, "the command does not know all of its flags"))
+        }
         switch request.command {
         case NBD.Command.read where payload == 0: read(request)
         case NBD.Command.write: write(request)
@@ -149,7 +153,13 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         var seconds = bucket.take(bytes)
         if seconds > 0 { flush() }
         while seconds > 0 && !client.isClosing {
-            usleep(UInt32(min(seconds, 0.1) * 1e6))
+            // Whoever has gone pays nothing: what it took would be missing for those who are still there.
+            var peer = pollfd(fd: link.inputDescriptor, events: Int16(POLLRDHUP), revents: 0)
+            if poll(&peer, 1, Int32(min(seconds, 0.1) * 1000) + 1) > 0 {
+                bucket.giveBack(bytes)
+                isInputClosed = true
+                return
+            }
             seconds -= 0.1
         }
     }

@@ -163,7 +163,7 @@ extension Connection where Link: ~Copyable {
         let headerSize = mode.replySize + 8
         while offset < end && isAlive {
             var count = Int(min(end - offset, UInt64(Self.pieceMax)))
-            if file.traits.contains(.tryable) {
+            if !file.traits.isDisjoint(with: [.tryable, .memory]) {
                 reserve(headerRoom + count)
                 let start = outputCount + headerSize
                 let target = UnsafeMutableRawBufferPointer(rebasing: output[start..<(start + count)])
@@ -380,17 +380,38 @@ extension Connection where Link: ~Copyable {
         }
     }
 
-    /// Answers a long simple read: all of it is read before the header promises it, so that a bad sector is an error.
+    /// Answers a long simple read in two passes over the disk, a piece at a time: the first finds out whether all of it
+    /// can be read before the header promises it, so that a bad sector is an error; the second sends what by then is
+    /// mostly in memory. Only what fails in between ends the connection. Memory stays at one piece.
     private mutating func readLong(_ request: Request, _ range: Range<UInt64>) {
-        let buffer = Buffer(count: Int(request.length))
+        if export.options.readDelayMS > 0 { usleep(export.options.readDelayMS * 1000) }
+        let piece = Buffer(count: Self.pieceMax)
         do throws(BlockError) {
-            if export.options.readDelayMS > 0 { usleep(export.options.readDelayMS * 1000) }
-            try device.read(into: buffer.bytes, at: range.lowerBound)
+            try readPieces(of: range, into: piece, sending: false)
         } catch { return replyError(request, error) }
-        appendWholeHeader(cookie: request.cookie, offset: request.offset, at: request.offset, count: buffer.bytes.count)
-        sendOut(buffer.readable)
+        appendWholeHeader(
+            cookie: request.cookie, offset: request.offset, at: request.offset, count: Int(request.length))
+        do throws(BlockError) {
+            try readPieces(of: range, into: piece, sending: true)
+        } catch {
+            client.note("ending the connection in the middle of a reply: \(error.message)")
+            isAlive = false
+            return
+        }
         counts.reads += 1
         counts.bytesRead += request.length
+    }
+
+    private mutating func readPieces(of range: Range<UInt64>, into piece: borrowing Buffer, sending: Bool)
+        throws(BlockError)
+    {
+        var position = range.lowerBound
+        while position < range.upperBound && isAlive {
+            let count = Int(min(range.upperBound - position, UInt64(piece.bytes.count)))
+            try device.read(into: UnsafeMutableRawBufferPointer(rebasing: piece.bytes[..<count]), at: position)
+            if sending { sendOut(UnsafeRawBufferPointer(rebasing: piece.readable[..<count])) }
+            position += UInt64(count)
+        }
     }
 
     // MARK: - Cold files

@@ -3,11 +3,8 @@ import Block
 import LinuxIO
 
 extension Connection where Link: ~Copyable {
-    /// The most extents in one context's reply: it may be shorter than was asked, and memory stays bounded.
+    /// The most extents in one reply, all contexts together: it may be shorter than was asked, and memory stays bounded.
     static var statusExtentsMax: Int { 8192 }
-    /// The most bytes that one reply tells about, for the same reason: a map of this many bytes takes a lane well under
-    /// a second, however it is made.
-    static var statusLengthMax: UInt64 { 1 << 40 }
 
     mutating func blockStatus(_ request: Request) {
         var request = request
@@ -22,8 +19,7 @@ extension Connection where Link: ~Copyable {
                 throw BlockError(.invalid, "block status: no meta context was negotiated")
             }
             let range = try export.check(offset: request.offset, length: request.length)
-            let end = range.lowerBound + min(range.count64, Self.statusLengthMax)
-            submitStatus(request, range.lowerBound..<end, wanted)
+            submitStatus(request, range, wanted)
         } catch { replyError(request, error) }
     }
 
@@ -57,7 +53,7 @@ extension Connection where Link: ~Copyable {
         }
         let reply = StatusReply(
             device: device, mode: mode, cookie: request.cookie, requestOffset: request.offset,
-            extentsMax: request.flags.contains(.requestOne) ? 1 : Self.statusExtentsMax)
+            extentsMax: request.flags.contains(.requestOne) ? 1 : max(Self.statusExtentsMax / wanted.count, 1))
         let chosen = wanted.compactMap { id in
             Int(id) < export.contexts.count ? (id, export.contexts[Int(id)].context) : nil
         }
@@ -79,13 +75,31 @@ private struct StatusReply: Sendable {
         var list = StatusList(capacity: extentsMax)
         for (index, (id, context)) in contexts.enumerated() {
             list.removeAll()
-            _ = try device.status(context, of: range, into: &list)
+            try fill(&list, context, range)
             if list.extents.isEmpty {
                 throw BlockError(.inputOutput, "block status at \(range.lowerBound) of \(device.info.name): no answer")
             }
             append(list.extents, id, done: index == contexts.count - 1, to: &reply)
         }
         return reply
+    }
+
+    /// Asks in steps that grow while answers come fast, and leaves the rest to the client's next request when they do
+    /// not: a map of 2^63 bytes must not keep a lane for minutes.
+    private func fill(_ list: inout StatusList, _ context: StatusContext, _ range: Range<UInt64>) throws(BlockError) {
+        let deadline = monotonicSeconds() + 0.25
+        var step: UInt64 = 1 << 36
+        var position = range.lowerBound
+        var now = monotonicSeconds()
+        while position < range.upperBound && now < deadline {
+            let wanted = position + min(step, range.upperBound - position)
+            let end = try device.status(context, of: position..<wanted, into: &list)
+            if end < wanted { return }
+            position = end
+            let before = now
+            now = monotonicSeconds()
+            if now - before < 0.01 && step < 1 << 60 { step *= 4 }
+        }
     }
 
     private func append(_ extents: [StatusExtent], _ id: UInt32, done: Bool, to reply: inout [UInt8]) {

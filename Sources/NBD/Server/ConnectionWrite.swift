@@ -36,7 +36,7 @@ extension Connection where Link: ~Copyable {
         do throws(BlockError) {
             range = try writableRange(request, "writing to")
             if request.length > Export.payloadMax {
-                throw BlockError(.tooLarge, "writing \(request.length) bytes at once: at most \(Export.payloadMax)")
+                throw BlockError(.invalid, "writing \(request.length) bytes at once: at most \(Export.payloadMax)")
             }
         } catch {
             skipPayload(request.length)

@@ -118,4 +118,11 @@ public protocol ExportDirectory: AnyObject, Sendable {
     func exports(for peer: Peer) -> [Export]
     /// The export that a peer means by a name; "" means the default export.
     func export(named name: String, for peer: Peer) -> Export?
+    /// Whether an export is still served, this very one and not another of its name.
+    func serves(_ export: Export) -> Bool
+}
+
+extension ExportDirectory {
+    /// Directories that never lose an export serve what they gave.
+    public func serves(_ export: Export) -> Bool { true }
 }

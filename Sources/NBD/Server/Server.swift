@@ -12,6 +12,8 @@ public struct ServerLimits: Sendable {
     public var connectionsMax = 1024
     /// Seconds that a client has for the whole handshake.
     public var handshakeSeconds = 10
+    /// The most connections of one peer: of one IP address, one user at Unix sockets, one virtual machine.
+    public var connectionsPerPeerMax = 1024
     /// Seconds for which a client may take nothing of what is sent to it.
     public var stallSeconds = 600
 
@@ -29,7 +31,7 @@ public final class ClientRecord: Sendable {
     private weak let descriptor: Descriptor?
     private let log: Logger
     private let closing = Atomic<Bool>(false)
-    private let exportName = Locked<String?>(nil)
+    private let exportInUse = Locked<Export?>(nil)
     private let read = Atomic<UInt64>(0)
     private let written = Atomic<UInt64>(0)
     private let errorsLogged = Atomic<Int>(0)
@@ -47,14 +49,15 @@ public final class ClientRecord: Sendable {
     }
 
     /// The export it uses; nil during the handshake.
-    public var export: String? { exportName.withLock { $0 } }
+    public var export: String? { exportInUse.withLock { $0?.name } }
+    func isUsing(_ export: Export) -> Bool { exportInUse.withLock { $0 === export } }
     /// Bytes it has read.
     public var bytesRead: UInt64 { read.load(ordering: .relaxed) }
     /// Bytes it has written.
     public var bytesWritten: UInt64 { written.load(ordering: .relaxed) }
     var isClosing: Bool { closing.load(ordering: .relaxed) }
 
-    func use(_ export: Export) { exportName.withLock { $0 = export.name } }
+    func use(_ export: Export?) { exportInUse.withLock { $0 = export } }
 
     func add(_ bytesRead: UInt64, _ bytesWritten: UInt64) {
         if bytesRead > 0 { read.wrappingAdd(bytesRead, ordering: .relaxed) }
@@ -172,7 +175,7 @@ public final class Server: Sendable {
     public func serve(_ socket: Descriptor) {
         let peer = Peer(socket: socket.number)
         guard let client = admit(peer, socket) else {
-            return log.warning("refusing \(peer): \(limits.connectionsMax) clients are connected already")
+            return log.warning("refusing \(peer): too many clients are connected already")
         }
         do throws(BlockError) {
             try startThread(name: "client \(client.id)") {
@@ -194,6 +197,8 @@ public final class Server: Sendable {
     private func admit(_ peer: Peer, _ socket: Descriptor?) -> ClientRecord? {
         state.withLock { state in
             if state.isStopping || state.clients.count >= limits.connectionsMax { return nil }
+            let same = state.clients.values.reduce(0) { $0 + ($1.peer.isSameParty(as: peer) ? 1 : 0) }
+            if same >= limits.connectionsPerPeerMax { return nil }
             let client = ClientRecord(id: state.nextID, peer: peer, descriptor: socket, log: log)
             state.nextID += 1
             state.clients[client.id] = client
@@ -221,15 +226,18 @@ public final class Server: Sendable {
         link.setTimeout(seconds: limits.stallSeconds)
         let counters = session.export.counters
         let connections = counters.connections.wrappingAdd(1, ordering: .relaxed).newValue
-        if connections <= session.export.options.connectionsMax {
-            client.use(session.export)
+        client.use(session.export)
+        // Whoever removes an export has looked for its clients either after this, or before the next line.
+        let isStillThere = directory.serves(session.export)
+        if isStillThere && connections <= session.export.options.connectionsMax {
             log.info("client \(client.id) (\(client.peer)) uses export \"\(session.export.name)\"")
             var connection = Connection(link, session: session, client: client, input: buffer, received: rest)
             connection.run()
-        } else {
+        } else if isStillThere {
             client.note("too many connections to export \"\(session.export.name)\"")
         }
         counters.connections.wrappingSubtract(1, ordering: .relaxed)
+        client.use(nil)
         log.info("client \(client.id) (\(client.peer)) has gone")
         leave(client, hasServed: true)
     }
@@ -243,17 +251,20 @@ public final class Server: Sendable {
         let deadline = monotonicSeconds() + Double(limits.handshakeSeconds)
         var count = 0
         guard ServerHandshake.greeting.withUnsafeBytes({ link.send($0, more: false) }) else { return nil }
+        var mustReceive = true
         while !client.isClosing {
-            guard waitForInput(link.inputDescriptor, client, until: deadline) else {
-                if client.isClosing { return nil }
-                client.note("the handshake took longer than \(limits.handshakeSeconds) s")
-                return nil
-            }
-            let space = UnsafeMutableRawBufferPointer(rebasing: buffer[count...])
-            switch link.receive(into: space, waiting: true) {
-            case .bytes(let got): count += got
-            case .nothing: continue
-            case .closed: return nil
+            if mustReceive {
+                guard waitForInput(link.inputDescriptor, client, until: deadline) else {
+                    if client.isClosing { return nil }
+                    client.note("the handshake took longer than \(limits.handshakeSeconds) s")
+                    return nil
+                }
+                let space = UnsafeMutableRawBufferPointer(rebasing: buffer[count...])
+                switch link.receive(into: space, waiting: true) {
+                case .bytes(let got): count += got
+                case .nothing: continue
+                case .closed: return nil
+                }
             }
             var output: [UInt8] = []
             let (consumed, outcome) = handshake.receive(
@@ -265,6 +276,8 @@ public final class Server: Sendable {
             case .more:
                 buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: buffer[consumed..<count]))
                 count -= consumed
+                // Something was taken: what is left may hold further options.
+                mustReceive = consumed == 0 || count == 0
             }
         }
         return nil
@@ -305,8 +318,8 @@ public final class Server: Sendable {
     }
 
     /// Ends every client of an export after answering what it has sent, and waits until they are gone.
-    public func disconnectAll(from export: String, seconds: Double) {
-        finish(seconds: seconds) { $0.export == export }
+    public func disconnectAll(from export: Export, seconds: Double) {
+        finish(seconds: seconds) { $0.isUsing(export) }
     }
 
     /// Accepts nobody any more, answers what clients have sent, and waits for them to go; cuts them off after a time.

@@ -19,6 +19,11 @@ final class TokenBucket: Sendable {
         state = Locked(State(tokens: rate / 4, last: monotonicSeconds()))
     }
 
+    /// Puts back tokens that were taken for something that will not happen.
+    func giveBack(_ bytes: UInt64) {
+        state.withLock { $0.tokens = min(burst, $0.tokens + Double(bytes)) }
+    }
+
     /// Takes tokens and says how many seconds the caller has to wait first. Tokens may go below zero: the debt is what
     /// the next callers wait for, so requests larger than the burst keep the rate, too.
     func take(_ bytes: UInt64) -> Double {

@@ -52,7 +52,11 @@ struct Partial {
         let start = Int(offset - request.offset)
         answer.data.withUnsafeMutableBytes { data in
             let part = UnsafeMutableRawBufferPointer(rebasing: data[start..<(start + Int(length))])
-            if let content { part.copyBytes(from: content) } else { part.initializeMemory(as: UInt8.self, repeating: 0) }
+            if let content {
+                part.copyBytes(from: content)
+            } else {
+                part.initializeMemory(as: UInt8.self, repeating: 0)
+            }
         }
     }
 
@@ -71,11 +75,14 @@ extension TestClient {
     func receiveAnswer() throws -> (cookie: UInt64, answer: Answer) {
         while true {
             let magic = try receive(4)
-            guard let size = ReplyHeader.size(magic: magic.number(0)) else { throw Violation("no reply begins with \(magic)") }
+            guard let size = ReplyHeader.size(magic: magic.number(0)) else {
+                throw Violation("no reply begins with \(magic)")
+            }
             guard let header = (magic + (try receive(size - 4))).withUnsafeBytes({ ReplyHeader($0) }) else {
                 throw Violation("a reply's header is malformed")
             }
-            guard var partial = pending[header.cookie] else {
+            // Taken out, so that its bytes are changed in place.
+            guard var partial = pending.removeValue(forKey: header.cookie) else {
                 throw Violation("a reply to \(header.cookie), which nobody asked or which was answered before")
             }
             let isDone: Bool
@@ -87,10 +94,7 @@ extension TestClient {
                 try receiveChunk(header, &partial)
                 isDone = header.flags == NBD.Chunk.flagDone
             }
-            if isDone {
-                pending[header.cookie] = nil
-                return (header.cookie, try partial.finished())
-            }
+            if isDone { return (header.cookie, try partial.finished()) }
             pending[header.cookie] = partial
         }
     }
@@ -113,14 +117,18 @@ extension TestClient {
     private func receiveChunk(_ header: ReplyHeader, _ partial: inout Partial) throws {
         let request = partial.request
         if header.flags & ~NBD.Chunk.flagDone != 0 { throw Violation("unknown flags \(header.flags)") }
-        if mode == .extended, header.offset != request.offset { throw Violation("offset \(header.offset) for \(request)") }
+        if mode == .extended, header.offset != request.offset {
+            throw Violation("offset \(header.offset) for \(request)")
+        }
         guard header.length <= 65 << 20 else { throw Violation("a chunk of \(header.length) bytes") }
         let payload = try receive(Int(header.length))
         partial.answer.chunks.append(Answer.Chunk(type: header.type, length: header.length))
         let last = partial.answer.chunks.count - 1
         switch header.type {
         case NBD.Chunk.none:
-            if !payload.isEmpty || header.flags == 0 { throw Violation("a chunk of no type with data, or not the last") }
+            if !payload.isEmpty || header.flags == 0 {
+                throw Violation("a chunk of no type with data, or not the last")
+            }
         case NBD.Chunk.offsetData where request.command == NBD.Command.read && payload.count > 8:
             partial.answer.chunks[last] = .init(type: header.type, offset: payload.number(0), length: header.length - 8)
             try partial.cover(payload.number(0), header.length - 8, with: Array(payload[8...]))
@@ -147,11 +155,14 @@ extension TestClient {
         guard payload.count >= head + size, (payload.count - head) % size == 0 else {
             throw Violation("a status chunk of \(payload.count) bytes")
         }
-        if wide, Int(payload.number(4, as: UInt32.self)) != (payload.count - head) / size { throw Violation("extent count") }
+        if wide, Int(payload.number(4, as: UInt32.self)) != (payload.count - head) / size {
+            throw Violation("extent count")
+        }
         partial.answer.status[id] = stride(from: head, to: payload.count, by: size).map { index in
             wide
                 ? StatusExtent(
-                    length: payload.number(index), value: UInt32(truncatingIfNeeded: payload.number(index + 8, as: UInt64.self)))
+                    length: payload.number(index),
+                    value: UInt32(truncatingIfNeeded: payload.number(index + 8, as: UInt64.self)))
                 : StatusExtent(length: UInt64(payload.number(index, as: UInt32.self)), value: payload.number(index + 4))
         }
         let extents = partial.answer.status[id] ?? []

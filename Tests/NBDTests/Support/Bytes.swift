@@ -75,4 +75,6 @@ func isSame(_ left: [UInt8], _ right: ArraySlice<UInt8>) -> Bool {
 }
 
 /// Whether all bytes have one value.
-func isAll(_ bytes: [UInt8], _ value: UInt8) -> Bool { isSame(bytes, [UInt8](repeating: value, count: bytes.count)[...]) }
+func isAll(_ bytes: [UInt8], _ value: UInt8) -> Bool {
+    isSame(bytes, [UInt8](repeating: value, count: bytes.count)[...])
+}

@@ -76,7 +76,8 @@ func patternExport(
     var options = ExportOptions()
     options.allow = allow
     let device = ScriptedDevice(
-        [], configure: {
+        [],
+        configure: {
             $0.size = size
             $0.isReadOnly = true
             $0.minimumBlock = 512

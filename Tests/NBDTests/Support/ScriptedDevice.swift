@@ -46,12 +46,15 @@ final class ScriptedDevice: BlockDevice {
         func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(BlockError) {
             try device.beforeRead(offset..<(offset + UInt64(buffer.count)))
             device.content.withLock { content in
-                content.withUnsafeBytes { buffer.copyMemory(from: .init(rebasing: $0[Int(offset)...].prefix(buffer.count))) }
+                content.withUnsafeBytes {
+                    buffer.copyMemory(from: .init(rebasing: $0[Int(offset)...].prefix(buffer.count)))
+                }
             }
         }
     }
 
-    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64 {
+    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64
+    {
         let reference = handle.withLock { handle in
             let made = handle ?? SourceHandle(Source(self))
             handle = made
@@ -112,7 +115,8 @@ final class MovingDevice: BlockDevice {
 
     var mapVersion: UInt64 { version.load(ordering: .sequentiallyConsistent) }
 
-    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64 {
+    func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64
+    {
         let moves = movesLeft.subtract(1, ordering: .sequentiallyConsistent).newValue >= 0
         if moves { version.add(1, ordering: .sequentiallyConsistent) }
         _ = extents.append(range.count64, .file(moves ? stale : current, offset: range.lowerBound))

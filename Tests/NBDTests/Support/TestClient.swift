@@ -133,7 +133,9 @@ final class TestClient {
         self.mode = mode
         if mode != .simple {
             let option = mode == .extended ? NBD.Option.extendedHeaders : NBD.Option.structuredReply
-            guard try ask(option: option).map(\.type) == [NBD.OptionReply.ack] else { throw Violation("no \(mode) mode") }
+            guard try ask(option: option).map(\.type) == [NBD.OptionReply.ack] else {
+                throw Violation("no \(mode) mode")
+            }
         }
         if !contexts.isEmpty {
             for answer in try ask(option: NBD.Option.setMetaContext, Payload.contexts(export, contexts)).dropLast() {
@@ -171,7 +173,8 @@ final class TestClient {
 
     func write(_ offset: UInt64, _ data: [UInt8], _ flags: NBD.CommandFlags = [], cookie: UInt64 = 8) throws -> Answer {
         let flags = mode == .extended ? flags.union(.payloadLength) : flags
-        let request = Request(NBD.Command.write, flags: flags, cookie: cookie, offset: offset, length: UInt64(data.count))
+        let request = Request(
+            NBD.Command.write, flags: flags, cookie: cookie, offset: offset, length: UInt64(data.count))
         return try ask(request, data)
     }
 

@@ -1,4 +1,4 @@
-// Fuzzes the server's side of the handshake: whatever a client sends, the replies are well formed, bounded, and the same
+// Fuzzes the server's side of the handshake: whatever a client sends, replies are well formed, bounded, and the same
 // however the bytes are cut into pieces.
 import Block
 import FuzzSupport

@@ -1,4 +1,4 @@
-// Fuzzes qcow2 images: whatever an image holds, opening, mapping, asking and reading it end soon and keep their promises.
+// Fuzzes qcow2 images: whatever an image holds, opening, mapping, asking and reading end soon and keep promises.
 import Block
 import Formats
 import FuzzSupport

@@ -1,4 +1,4 @@
-// Reads replies as a strict client does: every byte belongs to a reply, and every request gets what the protocol allows.
+// Reads replies as a strict client does: every byte belongs to a reply, every request gets what the protocol allows.
 import Block
 import FuzzSupport
 import NBD
