@@ -119,21 +119,32 @@ private struct Conversation: Equatable {
         var arrived = 0
         for piece in pieces {
             arrived = min(arrived + piece, stream.count)
-            let (consumed, outcome) = stream.withUnsafeBytes {
-                handshake.receive(UnsafeRawBufferPointer(rebasing: $0[taken..<arrived]), into: &output)
-            }
-            require(consumed >= 0 && consumed <= arrived - taken, "more was taken than given")
+            if take(&handshake, stream[taken..<arrived]) { return }
+        }
+        require(arrived - taken <= 16 + Int(ServerHandshake.optionLengthMax), "too much is kept for later")
+    }
+    /// Gives what has arrived, and what is left of it again for as long as some is taken; whether the handshake is over.
+    private mutating func take(_ handshake: inout ServerHandshake, _ arrived: ArraySlice<UInt8>) -> Bool {
+        var rest = arrived
+        while true {
+            var replies: [UInt8] = []
+            let (consumed, outcome) = rest.withUnsafeBytes { handshake.receive($0, into: &replies) }
+            require(consumed >= 0 && consumed <= rest.count, "more was taken than given")
+            // One option may be answered after the limit is almost reached: 100 KiB are more than any answer has here.
+            require(replies.count <= ServerHandshake.outputMax + (100 << 10), "\(replies.count) bytes at once")
+            rest = rest.dropFirst(consumed)
             taken += consumed
+            output += replies
             switch outcome {
-            case .more: continue
+            case .more: if consumed == 0 || rest.isEmpty { return false }
             case .close: ending = "close"
             case .transmission(let session):
                 require(
                     session.contexts.allSatisfy { Int($0) < session.export.contexts.count }, "a context without a name")
                 ending = "transmission \(session.export.name) \(session.mode) \(session.contexts)"
             }
-            return
+            if case .more = outcome { continue }
+            return true
         }
-        require(arrived - taken <= 16 + Int(ServerHandshake.optionLengthMax), "too much is kept for later")
     }
 }

@@ -230,15 +230,29 @@ struct ReplyChecker {
             let isAlone = request.flags.contains(.dontFragment) && shape.mode != .simple
             require(!isAlone || entry.hasFailed || entry.partCount == 1, "fragments for \(request)")
             let mayFail =
-                !isInside || entry.length > Export.payloadMax || request.payloadLength(shape.mode) > 0
+                !isInside || !hasKnownFlags(request) || entry.length > Export.payloadMax
+                || request.payloadLength(shape.mode) > 0
                 || isAlone && entry.length > 262_144 || SampleExports.failing.contains(shape.export.name)
             require(mayFail || !entry.hasFailed, "an error for \(request)")
         }
+        require(hasKnownFlags(request) || entry.hasFailed, "no error for the flags of \(request)")
         let needsRange = [NBD.Command.read, 1, 4, 5, 6, 7].contains(request.command)
         require(!needsRange || isInside || entry.hasFailed, "no error for \(request)")
         if request.command == NBD.Command.blockStatus {
             require(entry.hasFailed || !entry.contexts.isEmpty, "no status for \(request)")
         }
         if request.command > NBD.Command.blockStatus { require(entry.hasFailed, "no error for \(request)") }
+    }
+
+    /// Whether the flags of a request mean something for its command.
+    private func hasKnownFlags(_ request: Request) -> Bool {
+        var known: NBD.CommandFlags = shape.mode == .extended ? [.fua, .payloadLength] : [.fua]
+        switch request.command {
+        case NBD.Command.read: if shape.mode != .simple { known.insert(.dontFragment) }
+        case NBD.Command.writeZeroes: known.formUnion([.noHole, .fastZero])
+        case NBD.Command.blockStatus: known.insert(.requestOne)
+        default: break
+        }
+        return request.flags.isSubset(of: known)
     }
 }
