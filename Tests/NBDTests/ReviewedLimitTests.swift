@@ -50,7 +50,8 @@ private typealias Opt = NBD.Option
     @Test func `preferred block sizes are at least 512 bytes`() throws {
         let device = try SliceDevice(PatternDevice(size: 1 << 20), range: 1..<1000, label: "odd")
         var dialogue = Dialogue([try Export(name: "", device: device)])
-        let info = try #require(dialogue.ask(Opt.go, Payload.go("")).first { $0.payload.number(0) == NBD.Info.blockSize })
+        let info = try #require(
+            dialogue.ask(Opt.go, Payload.go("")).first { $0.payload.number(0) == NBD.Info.blockSize })
         #expect(info.payload.number(2, as: UInt32.self) == 1)
         #expect(info.payload.number(6, as: UInt32.self) == 512)
     }

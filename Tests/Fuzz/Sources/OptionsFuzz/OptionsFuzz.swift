@@ -123,7 +123,7 @@ private struct Conversation: Equatable {
         }
         require(arrived - taken <= 16 + Int(ServerHandshake.optionLengthMax), "too much is kept for later")
     }
-    /// Gives what has arrived, and what is left of it again for as long as some is taken; whether the handshake is over.
+    /// Gives what has arrived, and what is left of it again while some is taken; whether the handshake is over.
     private mutating func take(_ handshake: inout ServerHandshake, _ arrived: ArraySlice<UInt8>) -> Bool {
         var rest = arrived
         while true {
