@@ -7,15 +7,9 @@ import Synchronization
 /// A block node as a disk.
 public final class BlockNodeDevice: BlockDevice {
     public let info: DeviceInfo
-    private let node: Descriptor
-    private let shared: FileRef
-    private let stable: FileRef
-    private let writers: WriterCount
-    private let isWriter: Bool
-    private let lost = LostWrites()
+    private let storage: RawStorage
     private let restoreWritable: Bool
     private let sector: UInt64
-    private let sectorLock = SectorLock()
 
     /// Opens a block node.
     ///
@@ -75,43 +69,21 @@ public final class BlockNodeDevice: BlockDevice {
             madeReadOnly = true
         }
         self.info = info
-        self.node = node
-        shared = FileRef(descriptor: node.number, traits: traits)
-        stable = FileRef(descriptor: node.number, traits: traits.union(.stable))
-        writers = OpenFiles.writers(of: status)
-        isWriter = options.isWritable
+        storage = RawStorage(node, status: status, traits: traits, info: info)
         restoreWritable = madeReadOnly
         sector = UInt64(limits.logicalSector)
-        if isWriter { writers.writers.add(1, ordering: .sequentiallyConsistent) }
     }
 
     deinit {
-        if isWriter { writers.writers.subtract(1, ordering: .sequentiallyConsistent) }
-        if restoreWritable { dg_block_unguard(node.number) }
+        if restoreWritable { dg_block_unguard(storage.descriptor.number) }
     }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64
-    {
-        let reference = writers.writers.load(ordering: .relaxed) == 0 ? stable : shared
-        let added = extents.append(range.count64, .file(reference, offset: range.lowerBound))
-        return added ? range.upperBound : range.lowerBound
-    }
-
-    private func requireWritable(_ doing: String) throws(BlockError) {
-        if !isWriter { throw BlockError(.readOnly, "\(doing) \(info.name): it is open for reading only") }
-    }
+    { storage.map(range, into: &extents) }
 
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
-        try requireWritable("writing to")
-        let flags = durable ? RWF_DSYNC : 0
-        do throws(BlockError) {
-            if shared.traits.contains(.direct) {
-                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: sectorLock)
-            } else {
-                try writeFully(node.number, bytes, at: offset, flags: flags)
-            }
-        } catch { throw error.during("writing to \(info.name)") }
+        try storage.write(bytes, at: offset, durable: durable)
     }
 
     /// The whole sectors inside a range; empty when there is none.
@@ -122,7 +94,7 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     public func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
-        try requireWritable("zeroing a range of")
+        try storage.requireWritable("zeroing a range of")
         if options.contains(.fastOnly) {
             // BLKZEROOUT falls back to writing without a word, so speed cannot be promised.
             throw BlockError(.unsupported, "zeroing a range of \(info.name) fast: a block device cannot promise it")
@@ -135,8 +107,8 @@ public final class BlockNodeDevice: BlockDevice {
             let tail = whole.upperBound..<range.upperBound
             if !head.isEmpty { try writeZeros(to: self, head) }
             if !tail.isEmpty { try writeZeros(to: self, tail) }
-            let result = sectorLock.withLock(parts: false) {
-                dg_block_zero_out(node.number, whole.lowerBound, whole.count64)
+            let result = storage.sectorLock.withLock(parts: false) {
+                dg_block_zero_out(storage.descriptor.number, whole.lowerBound, whole.count64)
             }
             if result == -EOPNOTSUPP || result == -EINVAL {
                 try writeZeros(to: self, whole)
@@ -149,10 +121,10 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     public func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
-        try requireWritable("discarding a range of")
+        try storage.requireWritable("discarding a range of")
         let whole = wholeSectors(range)
         if whole.isEmpty { return }
-        let result = dg_block_discard(node.number, whole.lowerBound, whole.count64)
+        let result = dg_block_discard(storage.descriptor.number, whole.lowerBound, whole.count64)
         // Discarding is advice: a device that does not know it is left as it is.
         if result < 0 && result != -EOPNOTSUPP && result != -EINVAL {
             throw BlockError(errno: -result, "discarding \(whole.count64) bytes at \(whole.lowerBound) of \(info.name)")
@@ -160,18 +132,9 @@ public final class BlockNodeDevice: BlockDevice {
         if durable { try flush() }
     }
 
-    public func flush() throws(BlockError) {
-        guard isWriter else { return }
-        try lost.guarding(info.name) { () throws(BlockError) in
-            if fdatasync(node.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
-        }
-    }
+    public func flush() throws(BlockError) { try storage.flush() }
 
-    public func prefetch(_ range: Range<UInt64>) {
-        posix_fadvise(
-            node.number, off_t(truncatingIfNeeded: range.lowerBound), off_t(truncatingIfNeeded: range.count64),
-            POSIX_FADV_WILLNEED)
-    }
+    public func prefetch(_ range: Range<UInt64>) { storage.prefetch(range) }
 }
 
 /// Sizes and limits that the kernel tells of a block node.

@@ -21,13 +21,7 @@ public struct RawOptions: Sendable {
 /// A regular file as a disk.
 public final class RawFileDevice: BlockDevice {
     public let info: DeviceInfo
-    private let file: Descriptor
-    private let shared: FileRef
-    private let stable: FileRef
-    private let writers: WriterCount
-    private let isWriter: Bool
-    private let lost = LostWrites()
-    private let sectorLock = SectorLock()
+    private let storage: RawStorage
     // Whether the file system has refused SEEK_DATA; then everything is data.
     private let seekRefused = Atomic<Bool>(false)
 
@@ -65,25 +59,12 @@ public final class RawFileDevice: BlockDevice {
             info.preferredBlock = max(info.preferredBlock, alignment)
         }
         self.info = info
-        self.file = file
-        shared = FileRef(descriptor: file.number, traits: traits)
-        stable = FileRef(descriptor: file.number, traits: traits.union(.stable))
-        writers = OpenFiles.writers(of: status)
-        isWriter = options.isWritable
-        if isWriter { writers.writers.add(1, ordering: .sequentiallyConsistent) }
-    }
-
-    deinit {
-        if isWriter { writers.writers.subtract(1, ordering: .sequentiallyConsistent) }
+        storage = RawStorage(file, status: status, traits: traits, info: info)
     }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64
-    {
-        let reference = writers.writers.load(ordering: .relaxed) == 0 ? stable : shared
-        let added = extents.append(range.count64, .file(reference, offset: range.lowerBound))
-        return added ? range.upperBound : range.lowerBound
-    }
+    { storage.map(range, into: &extents) }
 
     public func status(_ context: StatusContext, of range: Range<UInt64>, into list: inout StatusList)
         throws(BlockError) -> UInt64
@@ -119,12 +100,12 @@ public final class RawFileDevice: BlockDevice {
     private func seek(_ position: UInt64, _ what: Int32, limit: UInt64) throws(BlockError) -> UInt64 {
         let unknown = what == SEEK_DATA ? position : limit
         if seekRefused.load(ordering: .relaxed) { return unknown }
-        let found = lseek(file.number, off_t(truncatingIfNeeded: position), what)
+        let found = lseek(storage.descriptor.number, off_t(truncatingIfNeeded: position), what)
         if found >= 0 { return min(max(UInt64(found), position), limit) }
         switch errno {
         case ENXIO:
             // No data from here to the end of the file. A file that has shrunk has lost data, not got a hole.
-            if UInt64(clamping: try file.status().st_size) >= limit { return limit }
+            if UInt64(clamping: try storage.descriptor.status().st_size) >= limit { return limit }
             throw BlockError(
                 .inputOutput, "looking for holes at \(position) of \(info.name): it is shorter than when it was opened")
         case EINVAL, EOPNOTSUPP:
@@ -134,24 +115,12 @@ public final class RawFileDevice: BlockDevice {
         }
     }
 
-    private func requireWritable(_ doing: String) throws(BlockError) {
-        if !isWriter { throw BlockError(.readOnly, "\(doing) \(info.name): it is open for reading only") }
-    }
-
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
-        try requireWritable("writing to")
-        let flags = durable ? RWF_DSYNC : 0
-        do throws(BlockError) {
-            if shared.traits.contains(.direct) {
-                try writeDirect(shared, bytes, at: offset, size: info.size, flags: flags, lock: sectorLock)
-            } else {
-                try writeFully(file.number, bytes, at: offset, flags: flags)
-            }
-        } catch { throw error.during("writing to \(info.name)") }
+        try storage.write(bytes, at: offset, durable: durable)
     }
 
     public func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
-        try requireWritable("zeroing a range of")
+        try storage.requireWritable("zeroing a range of")
         var done = false
         if options.contains(.mayPunch) { done = try allocate(FALLOC_FL_PUNCH_HOLE, range) }
         if !done { done = try allocate(FALLOC_FL_ZERO_RANGE, range) }
@@ -165,18 +134,19 @@ public final class RawFileDevice: BlockDevice {
     }
 
     public func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
-        try requireWritable("discarding a range of")
+        try storage.requireWritable("discarding a range of")
         if try allocate(FALLOC_FL_PUNCH_HOLE, range), durable { try flush() }
     }
 
     /// fallocate(2) on a range that stays inside the file; false when the file system does not know the operation.
     private func allocate(_ operation: Int32, _ range: Range<UInt64>) throws(BlockError) -> Bool {
-        let parts = (range.lowerBound | range.count64) & (shared.traits.alignment - 1) != 0
+        let parts = (range.lowerBound | range.count64) & (storage.alignment - 1) != 0
         while true {
             // Only writes with O_DIRECT read parts of sectors and write them back.
-            let error = sectorLock.withLock(parts: parts) {
+            let error = storage.sectorLock.withLock(parts: parts) {
                 let result = fallocate(
-                    file.number, operation | FALLOC_FL_KEEP_SIZE, off_t(truncatingIfNeeded: range.lowerBound),
+                    storage.descriptor.number, operation | FALLOC_FL_KEEP_SIZE,
+                    off_t(truncatingIfNeeded: range.lowerBound),
                     off_t(truncatingIfNeeded: range.count64))
                 return result == 0 ? 0 : errno
             }
@@ -190,18 +160,9 @@ public final class RawFileDevice: BlockDevice {
         }
     }
 
-    public func flush() throws(BlockError) {
-        guard isWriter else { return }
-        try lost.guarding(info.name) { () throws(BlockError) in
-            if fdatasync(file.number) < 0 { throw BlockError(errno: errno, "flushing \(info.name)") }
-        }
-    }
+    public func flush() throws(BlockError) { try storage.flush() }
 
-    public func prefetch(_ range: Range<UInt64>) {
-        posix_fadvise(
-            file.number, off_t(truncatingIfNeeded: range.lowerBound), off_t(truncatingIfNeeded: range.count64),
-            POSIX_FADV_WILLNEED)
-    }
+    public func prefetch(_ range: Range<UInt64>) { storage.prefetch(range) }
 }
 
 extension UInt32 {
