@@ -1,9 +1,14 @@
 // A block node as the source: a loop device, which only root can make.
+import CLinux
 import Glibc
 import Testing
 
-/// Runs a body with a loop device over a file.
+/// Runs a body with a loop device over a file, one at a time on this machine: who looks for a free device may briefly
+/// claim one that was just given away. Other tests lock the same node.
 private func withLoopDevice(_ file: String, _ body: (String) throws -> Void) throws {
+    let control = dg_open("/dev/loop-control", O_RDWR | O_CLOEXEC, 0)
+    guard control >= 0, flock(control, LOCK_EX) == 0 else { throw Trouble("locking /dev/loop-control: error \(errno)") }
+    defer { close(control) }
     let node = try run("losetup", "--find", "--show", file).lines[0]
     defer { _ = try? run("losetup", "--detach", node) }
     try body(node)
