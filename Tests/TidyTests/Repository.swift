@@ -45,7 +45,8 @@ enum Repository {
         return found
     }
 
-    private static func read(_ path: String) -> String? {
+    /// The text of a file by its path from the top; nil when there is none.
+    static func read(_ path: String) -> String? {
         guard let file = fopen("\(top)/\(path)", "r") else { return nil }
         defer { fclose(file) }
         var bytes: [UInt8] = []
