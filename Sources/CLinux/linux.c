@@ -51,11 +51,6 @@ int dg_block_read_only_get(int fd, bool *read_only) {
     return result;
 }
 
-int dg_block_read_only_set(int fd, bool read_only) {
-    int value = read_only;
-    return checked(ioctl(fd, BLKROSET, &value));
-}
-
 // Nodes that this process has made read-only. Plain integers, because a signal handler walks them.
 #define GUARDED_MAX 64
 static volatile int guarded[GUARDED_MAX];  // descriptor + 1; 0 is free

@@ -35,7 +35,6 @@ int dg_block_logical_size(int fd, unsigned *bytes);
 int dg_block_physical_size(int fd, unsigned *bytes);
 int dg_block_io_opt(int fd, unsigned *bytes);
 int dg_block_read_only_get(int fd, bool *read_only);
-int dg_block_read_only_set(int fd, bool read_only);
 // Makes a node read-only in the kernel until dg_block_unguard, or until this process exits or is ended by SIGINT,
 // SIGTERM or SIGHUP. -EMFILE when too many nodes are guarded.
 int dg_block_guard(int fd);

@@ -238,7 +238,6 @@ extension Connection where Link: ~Copyable {
             $0.length = count
             $0.version = state.version
             $0.read = entry
-            $0.command = NBD.Command.read
         }
         state.position += UInt64(count)
         return slot
@@ -331,7 +330,6 @@ extension Connection where Link: ~Copyable {
             $0.requestLength = request.length
             $0.offset = request.offset
             $0.length = Int(request.length)
-            $0.command = NBD.Command.read
         }
         return slot
     }

@@ -49,7 +49,6 @@ extension Connection where Link: ~Copyable {
             $0.kind = .plain
             $0.cookie = request.cookie
             $0.requestOffset = request.offset
-            $0.command = request.command
         }
         let reply = StatusReply(
             device: device, mode: mode, cookie: request.cookie, requestOffset: request.offset,

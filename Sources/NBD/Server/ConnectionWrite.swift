@@ -25,7 +25,6 @@ extension Connection where Link: ~Copyable {
             $0.cookie = request.cookie
             $0.requestOffset = request.offset
             $0.requestLength = request.length
-            $0.command = request.command
             $0.length = bytes
         }
         return slot

@@ -20,7 +20,6 @@ struct Slot {
     var cookie: UInt64 = 0
     /// The request's offset, which extended replies repeat.
     var requestOffset: UInt64 = 0
-    var command: UInt16 = 0
     /// Bytes to count for the request when the slot is done; 0 for all but one slot of a read.
     var requestLength: UInt64 = 0
     /// Where on the device the slot's bytes are.
@@ -56,8 +55,6 @@ struct ChunkedRead {
     var outstanding = 0
     /// Whether the connection is still handing out parts of it.
     var isIssuing = false
-    /// Whether an error has been sent for some part.
-    var hasFailed = false
 }
 
 /// The slots of one connection, owned by its thread. A slot gets memory when it is first used.
