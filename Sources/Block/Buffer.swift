@@ -61,6 +61,18 @@ public final class Lock: @unchecked Sendable {
     }
 }
 
+extension Lock {
+    /// Runs the body while holding the lock, unless somebody else holds it.
+    ///
+    /// - Returns: whether it ran.
+    public func withLockIfFree(_ body: () -> Void) -> Bool {
+        if pthread_mutex_trylock(mutex) != 0 { return false }
+        defer { pthread_mutex_unlock(mutex) }
+        body()
+        return true
+    }
+}
+
 /// A value that is only touched under its lock.
 public final class Locked<Value>: @unchecked Sendable {
     // Sendable because the value is reachable only inside withLock.

@@ -12,6 +12,7 @@
 #include <netinet/tcp.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -51,22 +52,24 @@ int dg_block_read_only_get(int fd, bool *read_only) {
     return result;
 }
 
-// Nodes that this process has made read-only. Plain integers, because a signal handler walks them.
+// Nodes that this process has made read-only. Atomic, because a signal handler walks them, and cannot take the lock.
 #define GUARDED_MAX 64
-static volatile int guarded[GUARDED_MAX];  // descriptor + 1; 0 is free
+static atomic_int guarded[GUARDED_MAX];  // descriptor + 1; 0 is free
 static pthread_mutex_t guard_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void release_guarded(void) {
     for (int i = 0; i < GUARDED_MAX; i++) {
-        int writable = 0;
-        if (guarded[i]) ioctl(guarded[i] - 1, BLKROSET, &writable);
+        int writable = 0, descriptor = guarded[i] - 1;
+        if (descriptor >= 0) ioctl(descriptor, BLKROSET, &writable);
     }
 }
 
 static void release_and_end(int signal_number) {
+    int interrupted = errno;
     release_guarded();
     signal(signal_number, SIG_DFL);
     raise(signal_number);
+    errno = interrupted;  // the signal ends the process only after the return
 }
 
 int dg_block_guard(int fd) {
@@ -179,6 +182,13 @@ int dg_vsock_listen(uint32_t port, int backlog) {
     return fd;
 }
 
+int dg_vsock_connect(int fd, uint32_t cid, uint32_t port) {
+    struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_cid = cid, .svm_port = port};
+    return checked(connect(fd, (struct sockaddr *)&address, sizeof address));
+}
+
+int dg_pidfd(int pid) { return checked((int)syscall(SYS_pidfd_open, pid, 0)); }
+
 int dg_vsock_peer(int fd, uint32_t *cid, uint32_t *port) {
     struct sockaddr_vm address = {0};
     socklen_t length = sizeof address;
@@ -226,7 +236,7 @@ static int forget_segments(struct dl_phdr_info *info, size_t size, void *unused)
         uintptr_t end = (info->dlpi_addr + segment->p_vaddr + segment->p_filesz) & ~(uintptr_t)(page - 1);
         if (end > start) madvise((void *)start, end - start, MADV_DONTNEED);
     }
-    return 1;  // The first object is the program itself; libraries are shared with other processes anyway.
+    return 0;
 }
 
 void dg_forget_startup_pages(void) { dl_iterate_phdr(forget_segments, NULL); }

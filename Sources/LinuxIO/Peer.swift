@@ -24,6 +24,13 @@ public struct IPAddress: Sendable, Equatable, CustomStringConvertible {
         }
     }
 
+    /// An address of 4 or 16 bytes in network order, without a port; nil for another number of bytes.
+    public init?(bytes: [UInt8]) {
+        guard bytes.count == 4 || bytes.count == 16 else { return nil }
+        self.bytes = bytes
+        port = 0
+    }
+
     /// Parses an address without a port, v4 or v6; nil if it is none.
     public init?(_ text: String) {
         var buffer = [UInt8](repeating: 0, count: 16)

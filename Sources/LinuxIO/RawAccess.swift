@@ -35,11 +35,12 @@ func directAlignment(_ descriptor: Int32, name: String) throws(BlockError) -> UI
 
 /// Keeps a sector that is read, changed and written back from losing what others wrote to it meanwhile: changes of
 /// whole sectors run side by side, changes of parts of sectors alone.
-final class SectorLock: @unchecked Sendable {
+public final class SectorLock: @unchecked Sendable {
     // Sendable because a pthread lock may be used from every thread, and its address never changes.
     private let lock: UnsafeMutablePointer<pthread_rwlock_t>
 
-    init() {
+    /// A lock that nobody holds.
+    public init() {
         lock = .allocate(capacity: 1)
         lock.initialize(to: pthread_rwlock_t())
         var attributes = pthread_rwlockattr_t()
@@ -56,7 +57,7 @@ final class SectorLock: @unchecked Sendable {
     }
 
     /// Runs a change: alone if it changes parts of sectors.
-    func withLock<R, E: Error>(parts: Bool, _ body: () throws(E) -> R) throws(E) -> R {
+    public func withLock<R, E: Error>(parts: Bool, _ body: () throws(E) -> R) throws(E) -> R {
         if parts { pthread_rwlock_wrlock(lock) } else { pthread_rwlock_rdlock(lock) }
         defer { pthread_rwlock_unlock(lock) }
         return try body()

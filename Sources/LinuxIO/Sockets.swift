@@ -226,21 +226,3 @@ func boundAddress(_ socket: Int32) -> ListenAddress? {
     default: return nil
     }
 }
-
-/// Connects to a Unix socket.
-///
-/// - Throws: `BlockError` of the system's reason.
-public func connectUnix(_ path: String) throws(BlockError) -> Descriptor {
-    let number = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
-    if number < 0 { throw BlockError(errno: errno, "connecting to unix:\(path)") }
-    let descriptor = Descriptor(owning: number)
-    var name = sockaddr_un()
-    name.sun_family = sa_family_t(AF_UNIX)
-    guard path.utf8.count <= 107 else {
-        throw BlockError(.invalid, "connecting to unix:\(path): the path has more than 107 bytes")
-    }
-    withUnsafeMutableBytes(of: &name.sun_path) { $0.copyBytes(from: path.utf8) }
-    let result = dg_connect(number, &name, UInt32(MemoryLayout<sockaddr_un>.size))
-    if result < 0 { throw BlockError(errno: -result, "connecting to unix:\(path)") }
-    return descriptor
-}

@@ -4,7 +4,7 @@ import CLinux
 import Glibc
 import Synchronization
 
-/// Starts a detached thread.
+/// Starts a detached thread, which takes no signals.
 ///
 /// - Parameters:
 ///   - name: at most 15 bytes are shown by the system.
@@ -23,6 +23,13 @@ public func startThread(name: String, stackSize: Int = 512 * 1024, _ body: @esca
     pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED))
     pthread_attr_setstacksize(&attributes, stackSize)
     let start = Unmanaged.passRetained(Start(body))
+    // Signals are the first thread's business, whenever the others were started: one that ends the process must not
+    // find a thread that has not heard of how it is to end.
+    var all = sigset_t()
+    var before = sigset_t()
+    sigfillset(&all)
+    pthread_sigmask(SIG_SETMASK, &all, &before)
+    defer { pthread_sigmask(SIG_SETMASK, &before, nil) }
     var thread = pthread_t()
     let result = pthread_create(
         &thread, &attributes,

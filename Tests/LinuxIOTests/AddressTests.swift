@@ -97,7 +97,7 @@ import Testing
             // The path is still there, nobody listens.
             try require(access(path, F_OK) == 0)
             let second = try ListeningSocket.listen(on: .unix(path: path))
-            let client = try connectUnix(path)
+            let client = try connect(to: .unix(path: path), deadline: monotonicSeconds() + 10)
             let server = Descriptor(owning: dg_accept(second[0].descriptor.number))
             #expect(Peer(socket: server.number) == .unix(pid: getpid(), uid: getuid(), gid: getgid()))
             withExtendedLifetime(client) {}
@@ -115,8 +115,12 @@ import Testing
 
     @Test func connectingToNothingFails() throws {
         try withTemporaryDirectory { directory in
-            try requireError(.notFound, "no socket") { _ = try connectUnix(directory.file("nothing")) }
-            try requireError(.invalid, "a long path") { _ = try connectUnix(String(repeating: "x", count: 108)) }
+            try requireError(.notFound, "no socket") {
+                _ = try connect(to: .unix(path: directory.file("nothing")), deadline: 0)
+            }
+            try requireError(.invalid, "a long path") {
+                _ = try connect(to: .unix(path: String(repeating: "x", count: 108)), deadline: 0)
+            }
         }
     }
 

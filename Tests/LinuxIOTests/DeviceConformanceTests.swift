@@ -114,11 +114,11 @@ struct BlockNodeConformanceTests {
         let content = patternBytes(293 * 4096, seed: 6)
         try LoopDevice.with(content, sectorSize: sectorSize) { node, _ in
             try DeviceConformance {
-                let device = try BlockNodeDevice.open(node, options(direct: direct))
+                let device = try openWhenReleased(node, options(direct: direct))
                 try fill(device, content)
                 return ConformanceSubject(device, content: content)
             }.run()
-            let reader = try BlockNodeDevice.open(node, options(writable: false, direct: direct))
+            let reader = try openWhenReleased(node, options(writable: false, direct: direct))
             let now = try readBytes(reader, at: 0, count: Int(reader.info.size))
             try DeviceConformance { ConformanceSubject(reader, content: now) }.run()
         }
@@ -136,4 +136,13 @@ struct BlockNodeConformanceTests {
             }.run()
         }
     }
+}
+
+/// Opens a node, which nobody else may have open; the threads of the test before let go of theirs a moment after it.
+private func openWhenReleased(_ node: String, _ options: RawOptions) throws -> any BlockDevice {
+    for _ in 0..<500 {
+        if let device = try? BlockNodeDevice.open(node, options) { return device }
+        usleep(10_000)
+    }
+    return try BlockNodeDevice.open(node, options)
 }

@@ -74,6 +74,8 @@ bool dg_peer_has_closed(int fd);
 int dg_accept(int fd);
 
 int dg_vsock_listen(uint32_t port, int backlog);
+// A connected socket; the kernel gives up after 2 s.
+int dg_vsock_connect(int fd, uint32_t cid, uint32_t port);
 int dg_vsock_peer(int fd, uint32_t *cid, uint32_t *port);
 // Credentials of the process at the other end of a Unix socket.
 int dg_unix_peer(int fd, int32_t *pid, uint32_t *uid, uint32_t *gid);
@@ -84,7 +86,10 @@ int dg_unix_peer(int fd, int32_t *pid, uint32_t *uid, uint32_t *gid);
 int dg_signalfd(const int *signals, int count);
 int dg_signal_read(int fd);
 int dg_eventfd(void);
-// Unmaps the program's own code and constants from this process; what is still used comes back from the page cache.
+// A descriptor that becomes readable when a process ends.
+int dg_pidfd(int pid);
+// Unmaps code and constants of the program and its libraries from this process; what is still used comes back from the
+// page cache.
 // A server that starts with a large command-line parser and then runs a small loop gets most of its memory back.
 void dg_forget_startup_pages(void);
 // Blocks read by this thread from storage so far (512-byte units): tells cached reads from real ones.
