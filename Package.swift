@@ -31,6 +31,8 @@ let package = Package(
         .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
         .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
         .target(name: "CLinux", cSettings: gnuSource, linkerSettings: [.linkedLibrary("uring")]),
+        // Only OpenSSL's headers are needed to build; the library is loaded when TLS is used.
+        .target(name: "COpenSSL", cSettings: gnuSource, linkerSettings: [.linkedLibrary("dl")]),
         .target(name: "Block", cSettings: gnuSource, swiftSettings: settings),
         .target(name: "LinuxIO", dependencies: ["Block", "CLinux"], cSettings: gnuSource, swiftSettings: settings),
         .target(
@@ -38,10 +40,10 @@ let package = Package(
             swiftSettings: settings),
         .target(
             name: "NBD",
-            dependencies: ["Block", "LinuxIO", "CLinux", .product(name: "Logging", package: "swift-log")],
+            dependencies: ["Block", "LinuxIO", "CLinux", "COpenSSL", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
         .target(
-            name: "Transports", dependencies: ["Block", "CLinux", "LinuxIO", "Formats"], cSettings: gnuSource,
+            name: "Transports", dependencies: ["Block", "CLinux", "LinuxIO", "Formats", "NBD"], cSettings: gnuSource,
             swiftSettings: settings),
         .target(
             name: "Gateway",
@@ -67,7 +69,9 @@ let package = Package(
             swiftSettings: settings),
         .testTarget(
             name: "NBDTests",
-            dependencies: ["Block", "CLinux", "LinuxIO", "NBD", .product(name: "Logging", package: "swift-log")],
+            dependencies: [
+                "Block", "CLinux", "LinuxIO", "NBD", "Support", .product(name: "Logging", package: "swift-log"),
+            ],
             cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
             name: "LinuxIOTests", dependencies: ["Block", "CLinux", "LinuxIO", "Support"], cSettings: gnuSource,

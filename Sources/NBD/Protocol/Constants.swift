@@ -6,6 +6,8 @@ public enum NBD {
     public static let initMagic: UInt64 = 0x4e42_444d_4147_4943
     /// "IHAVEOPT", before every option.
     public static let optionMagic: UInt64 = 0x4948_4156_454F_5054
+    /// In place of "IHAVEOPT": the handshake before newstyle negotiation, which nothing here speaks.
+    public static let oldstyleMagic: UInt64 = 0x0000_4202_8186_1253
     /// Before every reply to an option.
     public static let optionReplyMagic: UInt64 = 0x0003_e889_0455_65a9
     /// Before a compact request.
@@ -71,12 +73,16 @@ public enum NBD {
         public static let errorPolicy: UInt32 = 1 << 31 | 2
         /// NBD_REP_ERR_INVALID
         public static let errorInvalid: UInt32 = 1 << 31 | 3
+        /// NBD_REP_ERR_PLATFORM
+        public static let errorPlatform: UInt32 = 1 << 31 | 4
         /// NBD_REP_ERR_TLS_REQD
         public static let errorTLSRequired: UInt32 = 1 << 31 | 5
         /// NBD_REP_ERR_UNKNOWN
         public static let errorUnknown: UInt32 = 1 << 31 | 6
         /// NBD_REP_ERR_SHUTDOWN
         public static let errorShutdown: UInt32 = 1 << 31 | 7
+        /// NBD_REP_ERR_BLOCK_SIZE_REQD
+        public static let errorBlockSizeRequired: UInt32 = 1 << 31 | 8
         /// NBD_REP_ERR_TOO_BIG
         public static let errorTooBig: UInt32 = 1 << 31 | 9
         /// NBD_REP_ERR_EXT_HEADER_REQD

@@ -14,6 +14,9 @@ public struct MetaContext: Sendable, Equatable {
         self.context = context
     }
 
+    /// What the names of dirty bitmaps' contexts begin with.
+    public static let dirtyBitmapPrefix = "qemu:dirty-bitmap:"
+
     /// The most dirty bitmaps of a disk that are offered; an image may hold 65535.
     public static let dirtyBitmapsMax = 256
 

@@ -15,6 +15,20 @@ extension BlockError.Kind {
         case .shutdown: NBD.ErrorValue.shutdown
         }
     }
+
+    /// What a client makes of an error value; every value that is not known is an input/output error.
+    public init(errorValue: UInt32) {
+        switch errorValue {
+        case NBD.ErrorValue.notPermitted: self = .readOnly
+        case NBD.ErrorValue.noMemory: self = .noMemory
+        case NBD.ErrorValue.invalid: self = .invalid
+        case NBD.ErrorValue.noSpace: self = .noSpace
+        case NBD.ErrorValue.overflow: self = .tooLarge
+        case NBD.ErrorValue.notSupported: self = .unsupported
+        case NBD.ErrorValue.shutdown: self = .shutdown
+        default: self = .inputOutput
+        }
+    }
 }
 
 /// The header of one reply chunk, or of a simple reply.

@@ -1,6 +1,6 @@
 // The server's side of the handshake as a state machine without I/O: bytes in, bytes and an outcome out.
 import Block
-public import LinuxIO
+import LinuxIO
 
 /// What client and server agreed on when the transmission phase begins.
 public struct Session: Sendable {
@@ -11,9 +11,12 @@ public struct Session: Sendable {
     /// Ids of the contexts that BLOCK_STATUS answers: indices of `export.contexts`, in the order of the client's
     /// queries.
     public let contexts: [UInt32]
+    /// Whether the client may not write, even where the export lets others write.
+    public let isReadOnly: Bool
 
     /// An agreement.
-    public init(export: Export, mode: HeaderMode, contexts: [UInt32]) {
+    public init(export: Export, mode: HeaderMode, contexts: [UInt32], isReadOnly: Bool = false) {
+        self.isReadOnly = isReadOnly
         self.export = export
         self.mode = mode
         self.contexts = contexts
@@ -30,6 +33,8 @@ public struct ServerHandshake {
         case close
         /// The output is sent, then the transmission phase begins with the next byte.
         case transmission(Session)
+        /// The output is sent, then TLS begins, and `secured` is called before the next byte.
+        case startTLS
     }
 
     /// The longest option that is looked at, in bytes: a name and as many queries as a client can mean in earnest.
@@ -52,19 +57,44 @@ public struct ServerHandshake {
     }
 
     private let directory: any ExportDirectory
-    private let peer: Peer
+    private var client: Credentials
+    private let tls: TLSPolicy
     private var state = State.clientFlags
     private var hasNoZeroes = false
     private var mode = HeaderMode.simple
     private var optionCount = 0
+    /// Whether the client ended the handshake as the protocol has it.
+    private(set) var wasAborted = false
+    /// What the client was refused last, if anything.
+    private(set) var refusal: RefusalReason?
     /// The export's name of the last SET_META_CONTEXT, and the ids it was given.
     private var contextsSet: (export: String, ids: [UInt32])?
 
     /// A handshake that has not begun.
-    public init(directory: any ExportDirectory, peer: Peer) {
+    public init(directory: any ExportDirectory, client: Credentials, tls: TLSPolicy = .off) {
         self.directory = directory
-        self.peer = peer
+        self.client = client
+        self.tls = tls
     }
+
+    /// Goes on after TLS has begun. Nothing that the client asked for before counts any more: anybody could have said
+    /// it in its place. (Only its flags stay, since the protocol has it send them once; all they say is whether 124
+    /// zeros follow the answer to NBD_OPT_EXPORT_NAME.)
+    public mutating func secured(_ identity: TLSIdentity) {
+        client.tls = identity
+        refusal = nil
+        mode = .simple
+        contextsSet = nil
+        state = .options
+    }
+
+    private var isSecure: Bool { client.tls != nil }
+
+    /// Why an option was refused, where it was TLS that was missing.
+    private static let tlsRequired =
+        "this server takes connections with TLS only: use nbds:// (QEMU: tls-creds; nbd-client: -x)"
+    private static let tlsMissing =
+        "this server offers no TLS: use nbd:// if clear text will do, or have it started with --tls"
 
     /// What the server sends first.
     public static var greeting: [UInt8] {
@@ -121,7 +151,12 @@ public struct ServerHandshake {
                 if isOneTooMany { return (consumed, .close) }
                 optionCount += 1
                 let payload = UnsafeRawBufferPointer(rebasing: rest[16..<(16 + Int(length))])
-                if let outcome = answer(option, payload, into: &output) { return (consumed, outcome) }
+                if let outcome = answer(option, payload, into: &output) {
+                    // A client waits for the answer before it starts TLS. What comes with the request already was put
+                    // there by somebody else, to be taken for the client's words under TLS (CVE-2021-3716).
+                    if case .startTLS = outcome, consumed < input.count { return (consumed, .close) }
+                    return (consumed, outcome)
+                }
                 // What was asked for is sent before more is answered, or a few requests could fill the memory.
                 if output.count > Self.outputMax { return (consumed, .more) }
             }
@@ -132,19 +167,42 @@ public struct ServerHandshake {
     private mutating func answer(_ option: UInt32, _ payload: UnsafeRawBufferPointer, into output: inout [UInt8])
         -> Outcome?
     {
+        if tls == .require && !isSecure && option != NBD.Option.abort && option != NBD.Option.startTLS {
+            refusal = .tls
+            // There is no other answer to this one than to close.
+            if option == NBD.Option.exportName { return .close }
+            refuse(option, NBD.OptionReply.errorTLSRequired, Self.tlsRequired, into: &output)
+            return nil
+        }
         switch option {
         case NBD.Option.exportName: return exportName(payload, into: &output)
         case NBD.Option.abort:
+            wasAborted = true
             reply(option, NBD.OptionReply.ack, [], into: &output)
             return .close
+        case NBD.Option.startTLS: return startTLS(payload, into: &output)
         case NBD.Option.list: list(payload, into: &output)
         case NBD.Option.info, NBD.Option.go: return informOrGo(option, payload, into: &output)
         case NBD.Option.structuredReply: negotiate(.structured, option, payload, into: &output)
         case NBD.Option.extendedHeaders: negotiate(.extended, option, payload, into: &output)
         case NBD.Option.listMetaContext, NBD.Option.setMetaContext: metaContexts(option, payload, into: &output)
-        case NBD.Option.startTLS:
-            refuse(option, NBD.OptionReply.errorPolicy, "this server offers no TLS", into: &output)
         default: refuse(option, NBD.OptionReply.errorUnsupported, "this option is not known here", into: &output)
+        }
+        return nil
+    }
+
+    /// NBD_OPT_STARTTLS.
+    private mutating func startTLS(_ payload: UnsafeRawBufferPointer, into output: inout [UInt8]) -> Outcome? {
+        let option = NBD.Option.startTLS
+        if isSecure || !payload.isEmpty {
+            let text = isSecure ? "TLS is in use already" : "the option has no data"
+            refuse(option, NBD.OptionReply.errorInvalid, text, into: &output)
+        } else if tls == .off {
+            refusal = .tls
+            refuse(option, NBD.OptionReply.errorPolicy, Self.tlsMissing, into: &output)
+        } else {
+            reply(option, NBD.OptionReply.ack, [], into: &output)
+            return .startTLS
         }
         return nil
     }
@@ -180,28 +238,41 @@ public struct ServerHandshake {
     }
 
     /// NBD_OPT_EXPORT_NAME: it cannot be refused but by closing.
-    private func exportName(_ payload: UnsafeRawBufferPointer, into output: inout [UInt8]) -> Outcome {
+    private mutating func exportName(_ payload: UnsafeRawBufferPointer, into output: inout [UInt8]) -> Outcome {
         guard mode != .extended, payload.count <= NBD.stringLengthMax,
             let name = String(validating: payload, as: UTF8.self),
-            let export = directory.export(named: name, for: peer)
-        else { return .close }
+            let export = directory.export(named: name, for: client)
+        else {
+            refusal = .export
+            return .close
+        }
         output.appendBigEndian(export.info.size)
-        output.appendBigEndian(export.transmissionFlags(mode).rawValue)
+        output.appendBigEndian(flags(export).rawValue)
         if !hasNoZeroes { output.append(contentsOf: repeatElement(0, count: 124)) }
         return .transmission(session(export, name))
+    }
+
+    private func flags(_ export: Export) -> NBD.TransmissionFlags {
+        export.transmissionFlags(mode, isReadOnly: export.admission(of: client) == .readOnly)
     }
 
     private func session(_ export: Export, _ name: String) -> Session {
         // Contexts hold for the export they were chosen on, under the name it was asked for.
         let ids = contextsSet?.export == name ? contextsSet?.ids ?? [] : []
-        return Session(export: export, mode: mode, contexts: ids.filter { Int($0) < export.contexts.count })
+        return Session(
+            export: export, mode: mode, contexts: ids.filter { Int($0) < export.contexts.count },
+            isReadOnly: export.options.isReadOnly || export.admission(of: client) == .readOnly)
     }
 
     private func list(_ payload: UnsafeRawBufferPointer, into output: inout [UInt8]) {
         if !payload.isEmpty {
             return refuse(NBD.Option.list, NBD.OptionReply.errorInvalid, "the option has no data", into: &output)
         }
-        for export in directory.exports(for: peer) {
+        if !directory.mayList(client) {
+            let text = "this server does not list its exports to you: name the one you want"
+            return refuse(NBD.Option.list, NBD.OptionReply.errorPolicy, text, into: &output)
+        }
+        for export in directory.exports(for: client) {
             var item: [UInt8] = []
             item.appendBigEndian(UInt32(export.name.utf8.count))
             item.append(contentsOf: export.name.utf8)
@@ -222,7 +293,7 @@ public struct ServerHandshake {
         return (text, end)
     }
 
-    private func informOrGo(_ option: UInt32, _ payload: UnsafeRawBufferPointer, into output: inout [UInt8])
+    private mutating func informOrGo(_ option: UInt32, _ payload: UnsafeRawBufferPointer, into output: inout [UInt8])
         -> Outcome?
     {
         guard let (name, end) = string(payload, at: 0), payload.count - end >= 2,
@@ -231,7 +302,8 @@ public struct ServerHandshake {
             refuse(option, NBD.OptionReply.errorInvalid, "the request is malformed", into: &output)
             return nil
         }
-        guard let export = directory.export(named: name, for: peer) else {
+        guard let export = directory.export(named: name, for: client) else {
+            refusal = .export
             refuse(option, NBD.OptionReply.errorUnknown, "there is no such export", into: &output)
             return nil
         }
@@ -245,7 +317,7 @@ public struct ServerHandshake {
         var item: [UInt8] = []
         item.appendBigEndian(NBD.Info.export)
         item.appendBigEndian(export.info.size)
-        item.appendBigEndian(export.transmissionFlags(mode).rawValue)
+        item.appendBigEndian(flags(export).rawValue)
         reply(option, NBD.OptionReply.info, item, into: &output)
         if wanted.contains(NBD.Info.name) {
             item = []
@@ -280,7 +352,7 @@ public struct ServerHandshake {
         guard let (name, queries) = contextQueries(payload) else {
             return refuse(option, NBD.OptionReply.errorInvalid, "the request is malformed", into: &output)
         }
-        guard let export = directory.export(named: name, for: peer) else {
+        guard let export = directory.export(named: name, for: client) else {
             return refuse(option, NBD.OptionReply.errorUnknown, "there is no such export", into: &output)
         }
         let exact = Set(queries)

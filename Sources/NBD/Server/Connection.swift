@@ -21,7 +21,11 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     let device: any BlockDevice
     let mode: HeaderMode
     let contexts: [UInt32]
+    let isReadOnly: Bool
     let client: ClientRecord
+    /// Rate limits: of the export, of the client.
+    let buckets: [TokenBucket]
+    let isThrottled: Bool
 
     let input: UnsafeMutableRawBufferPointer
     var inputStart = 0
@@ -35,7 +39,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     /// Whether no more requests will be taken: the client disconnected, or the server closes.
     var isInputClosed = false
 
-    var table = SlotTable()
+    var table: SlotTable
     var ring = Ring?.none
     var ringWasTried = false
     var ringReads = 0
@@ -52,35 +56,41 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     /// Bytes of the input, from its start, whose reads were asked to be read ahead.
     var prefetchedEnd = 0
 
-    var counts = Counts()
-
-    /// Work done since it was last added to the export's counters.
-    struct Counts {
-        var reads: UInt64 = 0
-        var bytesRead: UInt64 = 0
-        var writes: UInt64 = 0
-        var bytesWritten: UInt64 = 0
-        var errors: UInt64 = 0
-    }
+    let figures: Figures
+    let activity: Activity
+    /// When something was last received, in nanoseconds of the monotonic clock.
+    var arrival: UInt64
+    var unsent = Unsent()
+    /// Whether the activity tells of requests in slots.
+    var hasPublishedSlots = false
 
     /// A connection that begins its transmission phase.
     ///
     /// - Parameters:
+    ///   - bucket: the rate limit of the client, which its other connections share.
+    ///   - budget: the memory that its slots share with those of others.
     ///   - input: the input buffer, `inputSize` bytes that the caller keeps until the connection is gone.
     ///   - received: bytes in it that the handshake received and did not take.
     init(
-        _ link: consuming Link, session: Session, client: ClientRecord, input: UnsafeMutableRawBufferPointer,
-        received: Range<Int>
+        _ link: consuming Link, session: Session, client: ClientRecord, bucket: TokenBucket?, budget: SlotBudget,
+        input: UnsafeMutableRawBufferPointer, received: Range<Int>
     ) {
         self.link = link
         export = session.export
         device = session.export.device
         mode = session.mode
         contexts = session.contexts
+        isReadOnly = session.isReadOnly
         self.client = client
+        buckets = [session.export.bucket, bucket].compactMap { $0 }
+        isThrottled = !buckets.isEmpty
+        figures = client.figures
+        activity = client.activity
+        arrival = monotonicNanoseconds()
         self.input = input
         inputStart = received.lowerBound
         inputEnd = received.upperBound
+        table = SlotTable(budget: budget)
         output = .allocate(byteCount: Self.outputSize, alignment: Buffer.alignment)
         blocksRead = dg_thread_blocks_read()
     }
@@ -89,18 +99,36 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
 
     /// Serves the client until it disconnects, breaks the protocol or is told to go. Nothing is in flight afterwards.
     mutating func run() {
+        activity.arrived(arrival)
         while isAlive {
+            activity.enter(.working)
             answerRequests()
             if !isAlive || (isInputClosed && inFlight == 0) { break }
             flush()
             noticeColdReads()
-            publishCounts()
+            if activity.isAskedForMemory { giveMemoryBack() }
             if isAlive { waitForWork() }
         }
         flush()
         drain()
-        publishCounts()
-        if client.isClosing && isAlive { link.close(waitingSeconds: 5) }
+        if !isAlive { return }
+        if client.isClosing {
+            link.close(waitingSeconds: 5)
+        } else if case .vsock = client.peer {
+            // A vsock that is closed on one side fails on the other, where its end is still being read.
+            link.close(waitingSeconds: 1)
+        } else {
+            link.sayGoodbye()
+        }
+    }
+
+    /// Gives back what a client that asks for nothing does not need.
+    private mutating func giveMemoryBack() {
+        activity.askForMemory(false)
+        table.giveMemoryBack()
+        SlotPages.forget(output)
+        if inputEnd == 0 || inputStart == inputEnd { SlotPages.forget(input) }
+        activity.publish(memory: table.bytes)
     }
 
     var inFlight: Int { ringReads + laneJobs }
@@ -125,6 +153,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
     }
 
     private mutating func answer(_ request: Request) {
+        activity.begin(request)
         let payload = request.payloadLength(mode)
         if !request.flags.isSubset(of: request.allowedFlags(mode)) {
             skipPayload(payload)
@@ -147,16 +176,23 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         }
     }
 
-    /// Waits as the export's rate limit asks, in short steps so that the server can close meanwhile.
+    /// Waits as the rate limits ask, in short steps so that the server can close meanwhile.
+    @inline(__always)
     mutating func throttle(_ bytes: UInt64) {
-        guard let bucket = export.bucket else { return }
-        var seconds = bucket.take(bytes)
-        if seconds > 0 { flush() }
+        if isThrottled { waitForTokens(bytes) }
+    }
+
+    private mutating func waitForTokens(_ bytes: UInt64) {
+        var seconds = buckets.reduce(0) { max($0, $1.take(bytes)) }
+        if seconds <= 0 { return }
+        flush()
+        activity.enter(.throttled)
+        defer { activity.enter(.working) }
         while seconds > 0 && !client.isClosing {
             // Whoever has gone pays nothing: what it took would be missing for those who are still there.
             var peer = pollfd(fd: link.inputDescriptor, events: Int16(POLLRDHUP), revents: 0)
             if poll(&peer, 1, Int32(min(seconds, 0.1) * 1000) + 1) > 0 {
-                bucket.giveBack(bytes)
+                for bucket in buckets { bucket.giveBack(bytes) }
                 isInputClosed = true
                 return
             }
@@ -178,6 +214,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         switch link.receive(into: UnsafeMutableRawBufferPointer(rebasing: input[inputEnd...]), waiting: waiting) {
         case .bytes(let count):
             inputEnd += count
+            noteArrival()
             return true
         case .nothing: return false
         case .closed:
@@ -192,11 +229,16 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         buffer.copyMemory(from: UnsafeRawBufferPointer(rebasing: input[inputStart..<(inputStart + done)]))
         inputStart += done
         // The client may wait for replies before it sends the rest.
-        if done < buffer.count { flush() }
+        if done == buffer.count { return true }
+        flush()
+        activity.enter(.receiving)
+        defer { activity.enter(.working) }
         while done < buffer.count {
             let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[done...])
             switch link.receive(into: rest, waiting: true) {
-            case .bytes(let count): done += count
+            case .bytes(let count):
+                done += count
+                noteArrival()
             case .nothing where !client.isClosing: continue
             case .nothing, .closed:
                 isInputClosed = true
@@ -215,8 +257,17 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
             left -= now
             if left == 0 { break }
             flush()
+            activity.enter(.receiving)
             if !receive(waiting: true) && (isInputClosed || client.isClosing) { break }
         }
+        activity.enter(.working)
+    }
+
+    /// Notes the time for the requests that have arrived. Whatever was answered before has been sent by now.
+    @inline(__always)
+    private mutating func noteArrival() {
+        arrival = monotonicNanoseconds()
+        activity.arrived(arrival)
     }
 
     // MARK: - Output
@@ -237,11 +288,21 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
 
     /// Sends the output.
     mutating func flush(more: Bool = false) {
-        if outputCount == 0 { return }
-        if isAlive && !link.send(UnsafeRawBufferPointer(rebasing: output[..<outputCount]), more: more) {
-            isAlive = false
+        if outputCount > 0 {
+            send(UnsafeRawBufferPointer(rebasing: output[..<outputCount]), more: more)
+            outputCount = 0
         }
-        outputCount = 0
+        if !unsent.isEmpty { unsent.count(in: figures, lastArrival: arrival, now: monotonicNanoseconds()) }
+    }
+
+    /// Sends bytes, unless the client is gone.
+    @inline(__always)
+    mutating func send(_ bytes: UnsafeRawBufferPointer, more: Bool) {
+        guard isAlive else { return }
+        activity.enter(.sending)
+        if !link.send(bytes, more: more) { isAlive = false }
+        activity.step()
+        activity.enter(.working)
     }
 
     /// Sends bytes that are not in the output, after it.
@@ -252,7 +313,7 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
             outputCount += bytes.count
         } else {
             flush(more: true)
-            if isAlive && !link.send(bytes, more: false) { isAlive = false }
+            send(bytes, more: false)
         }
     }
 
@@ -284,14 +345,22 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
         }
     }
 
+    /// Answers a request that arrived last with an error.
     mutating func replyError(_ request: Request, _ error: BlockError) {
+        let operation = Operation(command: request.command)
+        noteFailure(operation, error)
+        unsent.add(operation)
         replyError(cookie: request.cookie, offset: request.offset, error)
     }
 
-    /// Answers a request with an error, and its text where the framing has room for it.
-    mutating func replyError(cookie: UInt64, offset: UInt64, _ error: BlockError) {
-        counts.errors += 1
+    /// Counts a request that fails, and logs why.
+    mutating func noteFailure(_ operation: Operation, _ error: BlockError) {
+        figures.addError(operation)
         client.noteError(error)
+    }
+
+    /// Sends an error, and its text where the framing has room for it.
+    mutating func replyError(cookie: UInt64, offset: UInt64, _ error: BlockError) {
         if mode == .simple {
             reserve(16)
             ReplyHeader.storeSimple(error: error.kind.errorValue, cookie: cookie, into: free)
@@ -329,18 +398,16 @@ struct Connection<Link: Transport & ~Copyable>: ~Copyable {
 
     // MARK: - Counting
 
-    private mutating func publishCounts() {
-        let counters = export.counters
-        if counts.reads > 0 {
-            counters.reads.wrappingAdd(counts.reads, ordering: .relaxed)
-            counters.bytesRead.wrappingAdd(counts.bytesRead, ordering: .relaxed)
-        }
-        if counts.writes > 0 {
-            counters.writes.wrappingAdd(counts.writes, ordering: .relaxed)
-            counters.bytesWritten.wrappingAdd(counts.bytesWritten, ordering: .relaxed)
-        }
-        if counts.errors > 0 { counters.errors.wrappingAdd(counts.errors, ordering: .relaxed) }
-        client.add(counts.bytesRead, counts.bytesWritten)
-        counts = Counts()
+    /// Counts a request that arrived last and was answered well.
+    @inline(__always)
+    mutating func countAnswered(_ operation: Operation, bytes: UInt64) {
+        figures.add(bytes: bytes, operation)
+        unsent.add(operation)
+    }
+
+    /// Counts a request that was in slots.
+    mutating func countFinished(_ operation: Operation, bytes: UInt64, arrival: UInt64) {
+        if bytes > 0 { figures.add(bytes: bytes, operation) }
+        unsent.add(operation, arrival: arrival)
     }
 }

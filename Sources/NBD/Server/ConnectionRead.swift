@@ -65,6 +65,7 @@ extension Connection where Link: ~Copyable {
         /// The entry in the table of chunked reads, once a slot was needed.
         var entry = -1
         var isDone = false
+        var hasFailed = false
 
         init(_ request: Request, _ range: Range<UInt64>) {
             cookie = request.cookie
@@ -119,7 +120,11 @@ extension Connection where Link: ~Copyable {
             appendDataHeader(state, count, done: false)
             flush(more: true)
             if !isAlive { return }
-            guard let sent = link.sendFile(file.descriptor, at: offset, count: count) else {
+            activity.enter(.sending)
+            let result = link.sendFile(file.descriptor, at: offset, count: count)
+            activity.step()
+            activity.enter(.working)
+            guard let sent = result else {
                 isAlive = false
                 return
             }
@@ -129,7 +134,7 @@ extension Connection where Link: ~Copyable {
                     .inputOutput,
                     "reading \(count - sent) bytes at \(state.position + UInt64(sent)) of "
                         + "\(export.info.name): the file failed, or ends earlier than when it was opened")
-                failPart(state, error, at: state.position + UInt64(sent), done: false)
+                failPart(&state, error, at: state.position + UInt64(sent), done: false)
             }
             state.position += UInt64(count)
             offset += UInt64(count)
@@ -149,7 +154,7 @@ extension Connection where Link: ~Copyable {
         var left = count
         while left > 0 && isAlive {
             let now = min(left, ZeroPage.count)
-            if !link.send(UnsafeRawBufferPointer(rebasing: ZeroPage.bytes[..<now]), more: true) { isAlive = false }
+            send(UnsafeRawBufferPointer(rebasing: ZeroPage.bytes[..<now]), more: true)
             left -= now
         }
     }
@@ -162,7 +167,7 @@ extension Connection where Link: ~Copyable {
         let end = from + length
         let headerSize = mode.replySize + 8
         while offset < end && isAlive {
-            var count = Int(min(end - offset, UInt64(Self.pieceMax)))
+            var count = Int(min(end - offset, UInt64(Link.pieceMax)))
             if !file.traits.isDisjoint(with: [.tryable, .memory]) {
                 reserve(headerRoom + count)
                 let start = outputCount + headerSize
@@ -221,17 +226,20 @@ extension Connection where Link: ~Copyable {
         let slot = takeSlot(bytes: room)
         if state.entry < 0 {
             state.entry = table.takeRead()
+            let arrival = arrival
             withRead(state.entry) {
                 $0.cookie = state.cookie
                 $0.offset = state.requestOffset
                 $0.length = state.length
+                $0.arrival = arrival
                 $0.isIssuing = true
             }
         }
-        let entry = state.entry
+        let (entry, arrival) = (state.entry, arrival)
         withRead(entry) { $0.outstanding += 1 }
         withSlot(slot) {
             $0.kind = .chunk
+            $0.arrival = arrival
             $0.cookie = state.cookie
             $0.requestOffset = state.requestOffset
             $0.offset = state.position
@@ -259,8 +267,10 @@ extension Connection where Link: ~Copyable {
     }
 
     /// Sends an error for one part of a read.
-    private mutating func failPart(_ state: borrowing ChunkState, _ error: BlockError, at: UInt64, done: Bool) {
-        counts.errors += 1
+    private mutating func failPart(_ state: inout ChunkState, _ error: BlockError, at: UInt64, done: Bool) {
+        if !state.hasFailed && (state.entry < 0 || !table.reads[state.entry].hasFailed) { figures.addError(.read) }
+        state.hasFailed = true
+        withRead(state.entry) { $0.hasFailed = true }
         client.noteError(error)
         appendError(
             NBD.Chunk.errorOffset, error, done: done, cookie: state.cookie, requestOffset: state.requestOffset, at: at)
@@ -269,7 +279,7 @@ extension Connection where Link: ~Copyable {
     /// Ends a read whose map failed: what was sent so far stays, the error tells from where on nothing follows.
     private mutating func fail(_ state: inout ChunkState, _ error: BlockError) {
         let done = state.entry < 0 || table.reads[state.entry].outstanding == 0
-        failPart(state, error, at: state.position, done: done)
+        failPart(&state, error, at: state.position, done: done)
         state.isDone = done
         state.position = state.end
     }
@@ -278,15 +288,19 @@ extension Connection where Link: ~Copyable {
     private mutating func finishIssuing(_ state: inout ChunkState) {
         if state.entry >= 0 {
             let entry = state.entry
-            withRead(entry) { $0.isIssuing = false }
+            let hasFailed = state.hasFailed
+            withRead(entry) {
+                $0.isIssuing = false
+                $0.hasFailed = $0.hasFailed || hasFailed
+            }
             if table.reads[entry].outstanding > 0 { return }
+            if table.reads[entry].hasFailed { state.hasFailed = true }
             table.releaseRead(entry)
         }
         if !state.isDone && isAlive {
             appendHeader(NBD.Chunk.none, done: true, cookie: state.cookie, offset: state.requestOffset, length: 0)
         }
-        counts.reads += 1
-        counts.bytesRead += state.length
+        countAnswered(.read, bytes: state.hasFailed ? 0 : state.length)
     }
 
     // MARK: - In one piece
@@ -307,9 +321,7 @@ extension Connection where Link: ~Copyable {
             if export.options.readDelayMS == 0 { outcome = try fillInline(request, range, count) }
         } catch { return replyError(request, error) }
         switch outcome {
-        case .done:
-            counts.reads += 1
-            counts.bytesRead += request.length
+        case .done: countAnswered(.read, bytes: request.length)
         case .missed(let file, let offset, let version):
             let (start, wanted, skip) = aligned(file, offset, count)
             let slot = takeWholeSlot(request, room: wanted)
@@ -323,8 +335,10 @@ extension Connection where Link: ~Copyable {
 
     private mutating func takeWholeSlot(_ request: Request, room: Int) -> Int {
         let slot = takeSlot(bytes: room)
+        let arrival = arrival
         withSlot(slot) {
             $0.kind = .whole
+            $0.arrival = arrival
             $0.cookie = request.cookie
             $0.requestOffset = request.offset
             $0.requestLength = request.length
@@ -396,8 +410,7 @@ extension Connection where Link: ~Copyable {
             isAlive = false
             return
         }
-        counts.reads += 1
-        counts.bytesRead += request.length
+        countAnswered(.read, bytes: request.length)
     }
 
     private mutating func readPieces(of range: Range<UInt64>, into piece: borrowing Buffer, sending: Bool)

@@ -21,13 +21,15 @@ extension Connection where Link: ~Copyable {
         if index >= 0 { body(&table.reads[index]) }
     }
 
-    /// A free slot with room for `bytes`, waiting for one if all are in flight.
-    mutating func takeSlot(bytes: Int) -> Int {
-        while table.isFull {
+    /// A free slot with room for `bytes`, for a request that holds `extra` bytes elsewhere. Waits for one if all are in
+    /// flight, or all memory is in use and one of this connection's is in flight.
+    mutating func takeSlot(bytes: Int, extra: Int = 0) -> Int {
+        while true {
+            if let slot = table.take(bytes: bytes, extra: extra) { return slot }
+            publishSlots()
             flush()
             waitForCompletions(alsoInput: false)
         }
-        return table.take(bytes: bytes)
     }
 
     /// The aligned bytes to read so that `count` bytes at `offset` are among them.
@@ -114,17 +116,21 @@ extension Connection where Link: ~Copyable {
 
     /// Waits for the client's next bytes, or for something in flight.
     mutating func waitForWork() {
+        publishSlots()
         if inFlight > 0 {
             waitForCompletions(alsoInput: !isInputClosed)
         } else if !isInputClosed {
             // No spinning before it blocks: measured with one and with many requests in flight, trying to receive for
             // a while first cost more CPU and gained nothing that lasted.
+            activity.enter(inputEnd > inputStart ? .receiving : .idle)
             _ = receive(waiting: true)
         }
     }
 
     /// Waits until something in flight has finished, or, where asked for, input has arrived; takes both.
     mutating func waitForCompletions(alsoInput: Bool) {
+        activity.enter(.waiting)
+        defer { activity.enter(.working) }
         let wantsInput = alsoInput && inputEnd - inputStart < Self.inputSize
         if wantsInput && receive(waiting: false) {
             // More requests first: the deeper the queue below, the better. What has finished is taken on the way.
@@ -207,15 +213,15 @@ extension Connection where Link: ~Copyable {
         let slot = table.slots[finished.slot]
         if slot.kind != .plain { return finishRead(finished.slot, finished.error) }
         if let error = finished.error {
+            noteFailure(slot.operation, error)
             replyError(cookie: slot.cookie, offset: slot.requestOffset, error)
         } else if finished.reply.isEmpty {
             replyDone(cookie: slot.cookie, offset: slot.requestOffset)
-            counts.writes += 1
-            // A trim or zeroing may be as long as the largest disk, so a few in one turn pass 2^64.
-            counts.bytesWritten &+= slot.requestLength
         } else {
             finished.reply.withUnsafeBytes { sendOut($0) }
         }
+        countFinished(
+            slot.operation, bytes: finished.error == nil ? slot.requestLength : 0, arrival: slot.arrival)
         table.release(finished.slot)
     }
 
@@ -232,13 +238,13 @@ extension Connection where Link: ~Copyable {
         }
         if slot.kind == .chunk { return finishChunk(index, error) }
         if let error {
+            noteFailure(.read, error)
             replyError(cookie: slot.cookie, offset: slot.requestOffset, error)
         } else {
             appendWholeHeader(cookie: slot.cookie, offset: slot.requestOffset, at: slot.offset, count: slot.length)
             sendOut(slot.bytes)
-            counts.reads += 1
-            counts.bytesRead += slot.requestLength
         }
+        countFinished(.read, bytes: error == nil ? slot.requestLength : 0, arrival: slot.arrival)
         table.release(index)
     }
 
@@ -248,7 +254,7 @@ extension Connection where Link: ~Copyable {
         let read = table.reads[slot.read]
         let last = read.outstanding == 1 && !read.isIssuing
         if let error {
-            counts.errors += 1
+            if !read.hasFailed { figures.addError(.read) }
             client.noteError(error)
             appendError(
                 NBD.Chunk.errorOffset, error, done: last, cookie: slot.cookie, requestOffset: slot.requestOffset,
@@ -260,18 +266,34 @@ extension Connection where Link: ~Copyable {
             append(slot.offset)
             sendOut(slot.bytes)
         }
-        withRead(slot.read) { $0.outstanding -= 1 }
+        let hasFailed = read.hasFailed || error != nil
+        withRead(slot.read) {
+            $0.outstanding -= 1
+            $0.hasFailed = hasFailed
+        }
         if last {
-            counts.reads += 1
-            counts.bytesRead += read.length
+            countFinished(.read, bytes: hasFailed ? 0 : read.length, arrival: read.arrival)
             table.releaseRead(slot.read)
         }
         table.release(index)
     }
 
+    /// Tells the watcher what is in slots before the thread waits; nothing to do where there was and is nothing.
+    mutating func publishSlots() {
+        if table.inFlight == 0 && !hasPublishedSlots { return }
+        hasPublishedSlots = table.inFlight > 0
+        activity.publish(inSlots: table.requests, oldest: table.oldest)
+        activity.publish(memory: table.bytes)
+    }
+
     /// Waits until nothing is in flight, so that slots and the device may go.
     mutating func drain() {
-        while inFlight > 0 { takeFinished(waiting: true, wantsInput: false) }
+        while inFlight > 0 {
+            publishSlots()
+            activity.enter(.waiting)
+            takeFinished(waiting: true, wantsInput: false)
+        }
+        publishSlots()
         lanes.retire()
         if isAlive { flush() }
     }

@@ -5,6 +5,8 @@ import LinuxIO
 extension Connection where Link: ~Copyable {
     /// The most extents in one reply, all contexts together: it may be shorter than was asked, and memory is bounded.
     static var statusExtentsMax: Int { 8192 }
+    /// Bytes that such a reply takes while it is made: the extents, and their form on the wire.
+    static var statusReplyMax: Int { statusExtentsMax * 32 }
 
     mutating func blockStatus(_ request: Request) {
         var request = request
@@ -44,9 +46,12 @@ extension Connection where Link: ~Copyable {
 
     /// Has a lane ask the device and make the whole reply.
     private mutating func submitStatus(_ request: Request, _ range: Range<UInt64>, _ wanted: [UInt32]) {
-        let slot = takeSlot(bytes: 1)
+        let slot = takeSlot(bytes: 1, extra: Self.statusReplyMax)
+        let arrival = arrival
         withSlot(slot) {
             $0.kind = .plain
+            $0.operation = .status
+            $0.arrival = arrival
             $0.cookie = request.cookie
             $0.requestOffset = request.offset
         }

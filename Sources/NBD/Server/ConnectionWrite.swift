@@ -6,8 +6,8 @@ import LinuxIO
 extension Connection where Link: ~Copyable {
     /// The range of a command that changes the disk.
     private func writableRange(_ request: Request, _ doing: String) throws(BlockError) -> Range<UInt64> {
-        if export.options.isReadOnly {
-            throw BlockError(.readOnly, "\(doing) the export \(export.name): it is read-only")
+        if isReadOnly {
+            throw BlockError(.readOnly, "\(doing) the export \(export.name): it is read-only here")
         }
         do throws(BlockError) {
             return try export.check(offset: request.offset, length: request.length)
@@ -20,8 +20,11 @@ extension Connection where Link: ~Copyable {
     /// Takes a slot for a command that a lane does.
     private mutating func plainSlot(_ request: Request, bytes: Int) -> Int {
         let slot = takeSlot(bytes: max(bytes, 1))
+        let arrival = arrival
         withSlot(slot) {
             $0.kind = .plain
+            $0.operation = Operation(command: request.command)
+            $0.arrival = arrival
             $0.cookie = request.cookie
             $0.requestOffset = request.offset
             $0.requestLength = request.length
@@ -66,8 +69,7 @@ extension Connection where Link: ~Copyable {
     private mutating func finishWrite(_ request: Request, _ error: BlockError?) {
         if let error { return replyError(request, error) }
         replyDone(cookie: request.cookie, offset: request.offset)
-        counts.writes += 1
-        counts.bytesWritten += request.length
+        countAnswered(.write, bytes: request.length)
     }
 
     /// A write of one piece that has not arrived in full, or that may block.
@@ -85,7 +87,8 @@ extension Connection where Link: ~Copyable {
             table.release(slot)
             return
         }
-        let payload = SlotMemory(bytes: bytes)
+        let (payload, arrival) = (SlotMemory(bytes: bytes), arrival)
+        withSlot(slot) { $0.arrival = arrival }
         let device = device
         let durable = request.flags.contains(.fua)
         let delayMS = export.options.writeDelayMS
@@ -102,6 +105,7 @@ extension Connection where Link: ~Copyable {
         let slot = takeSlot(bytes: Self.pieceMax)
         defer { table.release(slot) }
         guard let memory = table.slots[slot].memory else { return }
+        let begun = arrival
         var failure: BlockError?
         var position = range.lowerBound
         while position < range.upperBound {
@@ -114,7 +118,9 @@ extension Connection where Link: ~Copyable {
         if failure == nil && durable {
             do throws(BlockError) { try device.flush() } catch { failure = error }
         }
-        finishWrite(request, failure)
+        if let failure { return replyError(request, failure) }
+        replyDone(cookie: request.cookie, offset: request.offset)
+        countFinished(.write, bytes: request.length, arrival: begun)
     }
 
     /// Runs a command that may block and has no data on a lane.
@@ -160,6 +166,7 @@ extension Connection where Link: ~Copyable {
         do throws(BlockError) {
             device.prefetch(try export.check(offset: request.offset, length: request.length))
             replyDone(cookie: request.cookie, offset: request.offset)
+            countAnswered(.cache, bytes: request.length)
         } catch { replyError(request, error) }
     }
 }

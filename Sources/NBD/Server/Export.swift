@@ -1,7 +1,5 @@
 // A disk as clients see it: a name, a device, and the policies under which it is given away.
 public import Block
-public import LinuxIO
-public import Synchronization
 
 /// How an export is given away.
 public struct ExportOptions: Sendable {
@@ -22,23 +20,46 @@ public struct ExportOptions: Sendable {
     public init() {}
 }
 
-/// What has been done on an export, counted since it was added.
-public final class ExportCounters: Sendable {
-    /// Read requests answered.
-    public let reads = Atomic<UInt64>(0)
-    /// Bytes of read requests answered.
-    public let bytesRead = Atomic<UInt64>(0)
-    /// Write requests answered, zeroing and discards among them.
-    public let writes = Atomic<UInt64>(0)
-    /// Bytes of write requests answered.
-    public let bytesWritten = Atomic<UInt64>(0)
-    /// Requests answered with an error.
-    public let errors = Atomic<UInt64>(0)
-    /// Connections at this time.
-    public let connections = Atomic<Int>(0)
+/// The clients of one export, and what those who have gone have done.
+final class ExportUsers: Sendable {
+    private struct State {
+        var present: [ObjectIdentifier: ClientRecord] = [:]
+        var past = FigureSums()
+        var connectionsEver: UInt64 = 0
+    }
+
+    private let state = Locked(State())
+
+    /// Adds a client, and says how many there are now.
+    func enter(_ client: ClientRecord) -> Int {
+        state.withLock { state in
+            state.present[ObjectIdentifier(client)] = client
+            state.connectionsEver &+= 1
+            return state.present.count
+        }
+    }
+
+    func leave(_ client: ClientRecord) {
+        state.withLock { state in
+            let wasPresent = state.present.removeValue(forKey: ObjectIdentifier(client)) != nil
+            if wasPresent { client.figures.add(to: &state.past) }
+        }
+    }
+
+    var count: Int { state.withLock { $0.present.count } }
+    var countEver: UInt64 { state.withLock { $0.connectionsEver } }
+    var inFlight: Int { state.withLock { $0.present.values.reduce(0) { $0 + $1.inFlight } } }
+
+    var sums: FigureSums {
+        state.withLock { state in
+            var sums = state.past
+            for client in state.present.values { client.figures.add(to: &sums) }
+            return sums
+        }
+    }
 }
 
-/// A disk under a name, with its policies. Immutable but for its counters.
+/// A disk under a name, with its policies. Immutable but for its figures.
 public final class Export: Sendable {
     /// The name that clients ask for, at most 4096 bytes.
     public let name: String
@@ -53,8 +74,7 @@ public final class Export: Sendable {
     public let options: ExportOptions
     /// The contexts that clients may ask for; a context's index is its id on the wire.
     public let contexts: [MetaContext]
-    /// What has been done.
-    public let counters = ExportCounters()
+    let users = ExportUsers()
     /// The rate limit, shared by all clients.
     let bucket: TokenBucket?
 
@@ -85,6 +105,15 @@ public final class Export: Sendable {
         bucket = options.bytesPerSecondMax.map { TokenBucket(bytesPerSecond: $0) }
     }
 
+    /// What was done on it since it was made.
+    public var sums: FigureSums { users.sums }
+    /// Connections at this time.
+    public var connections: Int { users.count }
+    /// Connections since it was made.
+    public var connectionsEver: UInt64 { users.countEver }
+    /// Requests received and not yet answered.
+    public var inFlight: Int { users.inFlight }
+
     /// The range of `length` bytes at `offset`, as `DeviceInfo.check`, without copying the info for each request.
     @inline(__always)
     func check(offset: UInt64, length: UInt64) throws(BlockError) -> Range<UInt64> {
@@ -96,12 +125,14 @@ public final class Export: Sendable {
 
     /// What clients may do (NBD protocol, "Transmission flags"). Every client works on the same device, so a write that
     /// was answered is seen by all, and a flush makes durable what was answered to any: multi-conn holds.
-    public func transmissionFlags(_ mode: HeaderMode) -> NBD.TransmissionFlags {
+    ///
+    /// - Parameter isReadOnly: whether the client may not write even where others may.
+    public func transmissionFlags(_ mode: HeaderMode, isReadOnly: Bool = false) -> NBD.TransmissionFlags {
         var flags: NBD.TransmissionFlags = [.hasFlags, .sendFlush, .sendFUA, .sendCache, .canMultiConn]
         if mode != .simple { flags.insert(.sendDF) }
         if mode == .extended { flags.insert(.blockStatusPayload) }
         if info.isRotational { flags.insert(.rotational) }
-        if options.isReadOnly {
+        if options.isReadOnly || isReadOnly {
             flags.insert(.readOnly)
         } else {
             flags.formUnion([.sendWriteZeroes, .sendTrim])
@@ -114,15 +145,19 @@ public final class Export: Sendable {
 /// The exports that a server has, as one client may see them. A client that may not use an export is told the same as
 /// if it did not exist.
 public protocol ExportDirectory: AnyObject, Sendable {
-    /// The exports that a peer may use, in the order to list them.
-    func exports(for peer: Peer) -> [Export]
-    /// The export that a peer means by a name; "" means the default export.
-    func export(named name: String, for peer: Peer) -> Export?
+    /// The exports that a client may use, in the order to list them.
+    func exports(for client: Credentials) -> [Export]
+    /// The export that a client means by a name, if it may use it; "" means the default export.
+    func export(named name: String, for client: Credentials) -> Export?
+    /// Whether a client may have the list of the exports that it may use.
+    func mayList(_ client: Credentials) -> Bool
     /// Whether an export is still served, this very one and not another of its name.
     func serves(_ export: Export) -> Bool
 }
 
 extension ExportDirectory {
+    /// Directories without a rule about it give the list to everybody.
+    public func mayList(_ client: Credentials) -> Bool { true }
     /// Directories that never lose an export serve what they gave.
     public func serves(_ export: Export) -> Bool { true }
 }

@@ -1,6 +1,6 @@
-// The rate limit of an export: tokens that refill with time, one for each byte.
+// A rate limit, of an export or a client: tokens that refill with time, one for each byte.
 import Block
-import Glibc
+import LinuxIO
 
 /// A token bucket that holds at most a quarter of a second's bytes.
 final class TokenBucket: Sendable {
@@ -19,6 +19,11 @@ final class TokenBucket: Sendable {
         state = Locked(State(tokens: rate / 4, last: monotonicSeconds()))
     }
 
+    /// Whether nobody has taken anything for so long that it is as full as a new one.
+    var isFull: Bool {
+        state.withLock { $0.tokens + (monotonicSeconds() - $0.last) * rate >= burst }
+    }
+
     /// Puts back tokens that were taken for something that will not happen.
     func giveBack(_ bytes: UInt64) {
         state.withLock { $0.tokens = min(burst, $0.tokens + Double(bytes)) }
@@ -35,11 +40,4 @@ final class TokenBucket: Sendable {
             return state.tokens < 0 ? -state.tokens / rate : 0
         }
     }
-}
-
-/// Seconds of the monotonic clock.
-func monotonicSeconds() -> Double {
-    var time = timespec()
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
 }

@@ -16,6 +16,9 @@ enum Received {
 
 /// A byte stream to one client, used by one thread.
 protocol Transport: ~Copyable {
+    /// The longest piece that is best read and sent at once, in bytes. Where bytes are changed on their way, all their
+    /// copies should fit the L2 cache.
+    static var pieceMax: Int { get }
     /// Whether `sendFile` hands pages to the stream as they are.
     var canSendFile: Bool { get }
     /// The descriptor that becomes readable when something arrives.
@@ -30,12 +33,15 @@ protocol Transport: ~Copyable {
     mutating func sendFile(_ file: Int32, at offset: UInt64, count: Int) -> Int?
     /// The longest that sending or receiving may make no progress, in seconds; 0 for no limit.
     mutating func setTimeout(seconds: Int)
+    /// Tells the peer that nothing follows, where the stream can say so, without waiting for anything.
+    mutating func sayGoodbye()
     /// Ends the stream after everything that was sent has reached the peer, waiting for it at most so long.
     mutating func close(waitingSeconds: Double)
 }
 
 /// A connected socket, or a pair of pipes, without encryption.
 struct PlainTransport: Transport, ~Copyable {
+    static var pieceMax: Int { 256 * 1024 }
     let inputDescriptor: Int32
     private let outputDescriptor: Int32
     private let isSocket: Bool
@@ -92,6 +98,13 @@ struct PlainTransport: Transport, ~Copyable {
         return true
     }
 
+    /// Sends what there is room for without waiting, and says how much.
+    mutating func sendNow(_ bytes: UnsafeRawBufferPointer) -> Int {
+        guard isSocket else { return send(bytes, more: false) ? bytes.count : 0 }
+        let flags = Int32(MSG_NOSIGNAL) | Int32(MSG_DONTWAIT)
+        return max(0, Glibc.send(outputDescriptor, bytes.baseAddress, bytes.count, flags))
+    }
+
     mutating func sendFile(_ file: Int32, at offset: UInt64, count: Int) -> Int? {
         var position = off_t(truncatingIfNeeded: offset)
         var done = 0
@@ -115,6 +128,8 @@ struct PlainTransport: Transport, ~Copyable {
         var limit = timeval(tv_sec: seconds, tv_usec: 0)
         setsockopt(outputDescriptor, SOL_SOCKET, SO_SNDTIMEO, &limit, socklen_t(MemoryLayout<timeval>.size))
     }
+
+    mutating func sayGoodbye() {}
 
     mutating func close(waitingSeconds: Double) {
         guard isSocket else { return }
