@@ -58,6 +58,38 @@ public struct ExportStatus: Codable, Sendable {
     public var bytesWritten: UInt64
     /// Requests answered with an error since then.
     public var errors: UInt64
+    /// Requests received and not yet answered.
+    public var inFlight: Int
+    /// What was done since then, by operation; those that nobody asked for are left out.
+    public var operations: [OperationStatus]
+}
+
+/// What was done of one operation as the control socket tells of it.
+public struct OperationStatus: Codable, Sendable {
+    /// read, write, flush, trim, cache, zero, block_status, or other.
+    public var operation: String
+    /// Requests answered, errors among them.
+    public var count: UInt64
+    /// Requests answered with an error.
+    public var errors: UInt64
+    /// Bytes of the requests that succeeded.
+    public var bytes: UInt64
+    /// Seconds within which half of the requests were answered, as exactly as the buckets tell (powers of two of a
+    /// microsecond); nil for more than 67 s.
+    public var medianSeconds: Double?
+    /// The same for 99 % of them.
+    public var ninetyNinthSeconds: Double?
+
+    /// The operations of which there was at least one.
+    static func all(_ sums: FigureSums) -> [OperationStatus] {
+        Operation.allCases.compactMap { operation in
+            let figures = sums[operation]
+            if figures.count == 0 { return nil }
+            return OperationStatus(
+                operation: operation.name, count: figures.count, errors: figures.errors, bytes: figures.bytes,
+                medianSeconds: figures.quantile(0.5), ninetyNinthSeconds: figures.quantile(0.99))
+        }
+    }
 }
 
 /// A client as the control socket tells of it.
@@ -72,6 +104,14 @@ public struct ClientStatus: Codable, Sendable {
     public var bytesRead: UInt64
     /// Bytes it has written.
     public var bytesWritten: UInt64
+    /// Its requests that were answered with an error.
+    public var errors: UInt64
+    /// Its requests that are not yet answered.
+    public var inFlight: Int
+    /// Seconds since the oldest of them arrived; nil when there is none.
+    public var oldestRequestSeconds: Double?
+    /// What was done for it, by operation.
+    public var operations: [OperationStatus]
 }
 
 /// An answer on the control socket.
@@ -241,19 +281,20 @@ public final class ControlServer: Sendable {
     }
 
     private static func status(_ export: Export) -> ExportStatus {
-        ExportStatus(
+        let sums = export.sums
+        return ExportStatus(
             name: export.name, source: export.info.name, format: export.info.format, size: export.info.size,
             readOnly: export.options.isReadOnly, description: export.description,
-            clients: export.counters.connections.load(ordering: .relaxed),
-            bytesRead: export.counters.bytesRead.load(ordering: .relaxed),
-            bytesWritten: export.counters.bytesWritten.load(ordering: .relaxed),
-            errors: export.counters.errors.load(ordering: .relaxed))
+            clients: export.connections, bytesRead: sums.bytesRead, bytesWritten: sums.bytesWritten,
+            errors: sums.errors, inFlight: export.inFlight, operations: OperationStatus.all(sums))
     }
 
     private static func status(_ client: ClientRecord) -> ClientStatus {
-        ClientStatus(
-            id: client.id, peer: client.peer.description, export: client.export, bytesRead: client.bytesRead,
-            bytesWritten: client.bytesWritten)
+        let sums = client.sums
+        return ClientStatus(
+            id: client.id, peer: client.peer.description, export: client.export, bytesRead: sums.bytesRead,
+            bytesWritten: sums.bytesWritten, errors: sums.errors, inFlight: client.inFlight,
+            oldestRequestSeconds: client.oldestRequestSeconds, operations: OperationStatus.all(sums))
     }
 }
 
@@ -266,7 +307,7 @@ public enum ControlClient {
         guard case .unix(let path) = address else {
             throw BlockError(.invalid, "\(address) is no control socket: give unix:PATH")
         }
-        let socket = try connectUnix(path)
+        let socket = try connect(to: .unix(path: path), deadline: monotonicSeconds() + 10)
         let doing = "asking the server at \(address)"
         guard let line = try? JSONEncoder().encode(request) else { throw BlockError(.invalid, "\(doing): encoding") }
         let bytes = Array(line) + [UInt8(ascii: "\n")]

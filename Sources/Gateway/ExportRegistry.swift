@@ -1,14 +1,18 @@
 // The exports of a server: where the control plane puts disks and the data plane finds them.
 public import Block
-public import LinuxIO
 public import NBD
 
 /// The exports of a server by name. Changes while clients are served.
 public final class ExportRegistry: ExportDirectory {
     private let exports = Locked<[Export]>([])
 
+    /// Who may list the exports that it may use; nil for everybody.
+    private let listRules: [AllowRule]?
+
     /// No exports.
-    public init() {}
+    ///
+    /// - Parameter listRules: who may list the exports that it may use; nil for everybody.
+    public init(listRules: [AllowRule]? = nil) { self.listRules = listRules }
 
     /// Adds an export.
     ///
@@ -37,13 +41,15 @@ public final class ExportRegistry: ExportDirectory {
 
     public func serves(_ export: Export) -> Bool { exports.withLock { $0.contains { $0 === export } } }
 
-    public func exports(for peer: Peer) -> [Export] { all.filter { $0.options.admits(peer) } }
+    public func exports(for client: Credentials) -> [Export] { all.filter { $0.admission(of: client) != .refused } }
 
-    public func export(named name: String, for peer: Peer) -> Export? {
+    public func mayList(_ client: Credentials) -> Bool { listRules?.contains { $0.admits(client, to: "") } ?? true }
+
+    public func export(named name: String, for client: Credentials) -> Export? {
         let all = exports.withLock { $0 }
         // The empty name means the default export: the one that has it, or the first.
         let found = all.first { $0.name == name } ?? (name.isEmpty ? all.first : nil)
-        guard let found, found.options.admits(peer) else { return nil }
+        guard let found, found.admission(of: client) != .refused else { return nil }
         return found
     }
 }

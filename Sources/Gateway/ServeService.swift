@@ -21,10 +21,20 @@ public struct ServeRequest: Sendable {
     public var command: String?
     /// What holds for exports that are added later.
     public var defaults = ExportDefaults()
-    /// Whether sockets that other machines can reach may be served, which is in clear text.
+    /// Whether sockets that other machines can reach may be served: somebody has said how TLS is to be used there.
     public var allowsRemote = false
+    /// TLS; nil for none.
+    public var tls: TLSServer?
+    /// Who may list the exports that it may use; nil for everybody.
+    public var listRules: [AllowRule]?
     /// Where to listen for control commands.
     public var control: ListenAddress?
+    /// Where to answer scrapes of metrics.
+    public var metrics: ListenAddress?
+    /// Whether metrics may be read from other machines, in clear text.
+    public var allowsRemoteMetrics = false
+    /// The version, for the metrics.
+    public var version = ""
     /// Limits.
     public var limits = ServerLimits()
     /// Seconds that clients have to go when the server stops.
@@ -42,7 +52,7 @@ public struct ServeService {
     private let request: ServeRequest
     private let firstExport: String
     private let title: String
-    private let registry = ExportRegistry()
+    private let registry: ExportRegistry
     private let stopEvent: Descriptor
 
     /// A service for a request.
@@ -52,6 +62,7 @@ public struct ServeService {
         var rest = request
         rest.exports = []
         self.request = rest
+        registry = ExportRegistry(listRules: request.listRules)
         firstExport = request.exports.first?.name ?? ""
         title = request.exports.count == 1 ? request.exports[0].info.name : "\(request.exports.count) exports"
         let number = dg_eventfd()
@@ -68,7 +79,8 @@ public struct ServeService {
         let inherited = ServiceManager.inheritedSockets()
         let event = stopEvent
         let exitsWithLast = request.exitsWithLast
-        let server = try Server(directory: registry, limits: request.limits, log: request.log) { left, served in
+        let server = try Server(directory: registry, limits: request.limits, tls: request.tls, log: request.log) {
+            left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
         // With a socket from its parent (libnbd's "[ COMMAND ]" hands one over), standard input is no client. The one
@@ -90,13 +102,7 @@ public struct ServeService {
             privateDirectory = directory
             addresses = [.unix(path: "\(directory)/socket")]
         }
-        for address in inherited.map(\.address) + addresses where !address.isLocal && !request.allowsRemote {
-            throw BlockError(
-                .denied,
-                "listening on \(address): other machines could read the disks in clear text; say --tls off if you "
-                    + "mean it"
-            )
-        }
+        try checkReach(of: inherited.map(\.address) + addresses)
         raiseDescriptorLimit()
         var sockets = inherited
         for address in addresses {
@@ -107,17 +113,61 @@ public struct ServeService {
             try ControlServer(address, registry: registry, server: server, defaults: request.defaults, log: request.log)
         }
         if case .unix(let path)? = request.control { cleanUp.append(path) }
+        let metrics = try startMetrics(server)
+        if case .unix(let path)? = request.metrics { cleanUp.append(path) }
         try server.accept(on: sockets)
         for socket in sockets {
-            request.log.notice("serving \(title) at \(uri(socket.address, export: nil))")
+            request.log.notice("serving \(title) at \(address(socket, export: nil))")
         }
         dg_forget_startup_pages()
         ServiceManager.notify("READY=1")
-        let status = try waitForEnd(signals, command: startCommand(sockets))
+        let status = try waitForEnd(signals, server, command: startCommand(sockets))
         ServiceManager.notify("STOPPING=1")
         control?.stop()
         server.stop(graceSeconds: request.graceSeconds)
+        metrics?.stop()
+        for export in registry.all where export.connectionsEver > 0 { request.log.notice("\(export.summary)") }
         return status
+    }
+
+    /// Refuses addresses that other machines reach, unless somebody has said what is to be told there and how.
+    private func checkReach(of addresses: [ListenAddress]) throws(BlockError) {
+        for address in addresses where !address.isLocal && !request.allowsRemote {
+            throw BlockError(
+                .denied,
+                "listening on \(address): other machines could read the disks in clear text; give keys or "
+                    + "certificates (--tls-cert, --tls-psk), or say --tls off if you mean it"
+            )
+        }
+        if let metrics = request.metrics, !metrics.isLocal && !request.allowsRemoteMetrics {
+            throw BlockError(
+                .denied,
+                "listening on \(metrics) for metrics: other machines could read names, addresses and figures in clear "
+                    + "text; say --metrics-remote if you mean it")
+        }
+        if let remote = addresses.first(where: { !$0.isLocal }),
+            request.tls?.policy == .allow
+        {
+            request.log.warning(
+                "--tls allow: whoever reaches \(remote) may do without TLS; --tls require admits nobody else")
+        }
+    }
+
+    private func startMetrics(_ server: Server) throws(BlockError) -> MetricsServer? {
+        guard let address = request.metrics else { return nil }
+        let (registry, version) = (registry, request.version)
+        var time = timespec()
+        clock_gettime(CLOCK_REALTIME, &time)
+        let startTime = Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
+        let metrics = try MetricsServer(address, log: request.log) {
+            var text = MetricsText()
+            text.add(server, version: version, startTime: startTime)
+            text.add(registry.all)
+            text.add(server.clients)
+            return text.text
+        }
+        for address in metrics.addresses { request.log.notice("answering scrapes of metrics at \(address)") }
+        return metrics
     }
 
     /// Blocks the signals that end or concern the server, so that only the descriptor tells of them.
@@ -132,7 +182,13 @@ public struct ServeService {
         return Descriptor(owning: number)
     }
 
+    /// The URI of an export at one of the server's sockets.
+    private func address(_ socket: ListeningSocket, export: String?) -> String {
+        uri(socket.address, export: export, isSecure: request.tls?.policy == .require)
+    }
+
     private func makePrivateDirectory() throws(BlockError) -> String {
+        // mkdtemp chooses a name that was not there, and lets nobody else in.
         var template = Array("\(getenv("TMPDIR").map { String(cString: $0) } ?? "/tmp")/diskgate-XXXXXX".utf8CString)
         guard mkdtemp(&template) != nil else { throw BlockError(errno: errno, "making a directory for a socket") }
         return String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
@@ -140,7 +196,7 @@ public struct ServeService {
 
     private func startCommand(_ sockets: [ListeningSocket]) throws(BlockError) -> pid_t? {
         guard let command = request.command else { return nil }
-        var environment = [("uri", uri(sockets[0].address, export: firstExport)), ("exportname", firstExport)]
+        var environment = [("uri", address(sockets[0], export: firstExport)), ("exportname", firstExport)]
         switch sockets[0].address {
         case .unix(let path): environment += [("unixsocket", path), ("nbd", "nbd:unix:\(path)")]
         case .tcp(let host, let port): environment += [("port", String(port)), ("nbd", "nbd:\(host):\(port)")]
@@ -151,7 +207,7 @@ public struct ServeService {
     }
 
     /// Waits for a signal, the command's end or the last client.
-    private func waitForEnd(_ signals: Descriptor, command: pid_t?) throws(BlockError) -> Int32 {
+    private func waitForEnd(_ signals: Descriptor, _ server: Server, command: pid_t?) throws(BlockError) -> Int32 {
         while true {
             var ready = [
                 pollfd(fd: signals.number, events: Int16(POLLIN), revents: 0),
@@ -164,8 +220,10 @@ public struct ServeService {
             switch signal {
             case SIGCHLD:
                 if let command, let status = ChildProcess.status(command) { return status }
-            case SIGUSR1: summarise()
-            case SIGHUP: request.log.notice("nothing to reload")
+            case SIGUSR1:
+                for export in registry.all { request.log.notice("\(export.summary)") }
+                for client in server.clients { request.log.notice("\(client.summary)") }
+            case SIGHUP: request.tls?.reload()
             default:
                 request.log.notice("stopping on signal \(signal)")
                 return command.map { end($0) } ?? 0
@@ -183,19 +241,6 @@ public struct ServeService {
             setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
         }
     }
-
-    private func summarise() {
-        for export in registry.all {
-            let counters = export.counters
-            request.log.notice(
-                """
-                export "\(export.name)": \(counters.connections.load(ordering: .relaxed)) clients, \
-                \(counters.bytesRead.load(ordering: .relaxed)) bytes read, \
-                \(counters.bytesWritten.load(ordering: .relaxed)) written, \
-                \(counters.errors.load(ordering: .relaxed)) errors
-                """)
-        }
-    }
 }
 
 /// Makes an eventfd readable.
@@ -205,12 +250,13 @@ func signalEvent(_ event: Descriptor) {
 }
 
 /// The NBD URI of an export at an address (NBD project, doc/uri.md).
-public func uri(_ address: ListenAddress, export: String?) -> String {
+public func uri(_ address: ListenAddress, export: String?, isSecure: Bool = false) -> String {
+    let scheme = isSecure ? "nbds" : "nbd"
     let name = percentEncoded(export ?? "")
     switch address {
-    case .unix(let path): return "nbd+unix:///\(name)?socket=\(percentEncoded(path, keeping: "/"))"
-    case .tcp(let host, let port): return "nbd://\(host.contains(":") ? "[\(host)]" : host):\(port)/\(name)"
-    case .vsock(let port): return "nbd+vsock://1:\(port)/\(name)"
+    case .unix(let path): return "\(scheme)+unix:///\(name)?socket=\(percentEncoded(path, keeping: "/"))"
+    case .tcp(let host, let port): return "\(scheme)://\(host.contains(":") ? "[\(host)]" : host):\(port)/\(name)"
+    case .vsock(let port): return "\(scheme)+vsock://1:\(port)/\(name)"
     }
 }
 

@@ -3,6 +3,7 @@ public import Block
 import Formats
 import Glibc
 import LinuxIO
+public import NBD
 
 /// A source with everything that is to be laid over it.
 public struct DiskSpecification: Sendable {
@@ -34,6 +35,8 @@ public struct DiskSpecification: Sendable {
     public var imageDirectories: [String] = []
     /// Errors and corruption to inject.
     public var faults: [FaultPlan.Fault] = []
+    /// Fingerprints of which the server's certificate must have one, besides those in the source's URI.
+    public var fingerprints: [Fingerprint] = []
     /// Where overlays keep what is written; nil for TMPDIR, or /var/tmp.
     public var scratchDirectory: String?
 
@@ -44,6 +47,7 @@ public struct DiskSpecification: Sendable {
     ///
     /// - Throws: `BlockError` of whatever could not be opened.
     public func open() throws(BlockError) -> any BlockDevice {
+        let source = fingerprints.isEmpty ? source : try source.pinned(to: fingerprints)
         var device = try source.open(writable: access == .writable, imageDirectories: imageDirectories)
         if !faults.isEmpty { device = FaultDevice(device, plan: FaultPlan(faults)) }
         if let partition { device = try openPartition(partition, of: device) }
@@ -102,6 +106,11 @@ extension SourceReference {
                 throw BlockError(.invalid, "opening \(self): give seed=NUMBER and allocated=PERCENT%")
             }
             return try PatternDevice(size: size, seed: seed, allocatedShare: percent / 100)
+        case .nbd(let uri):
+            let device = try NBDDevice.open(uri, isWritable: writable)
+            // Its guest may have written what it begins like, and what an image names lies on the server.
+            let file = ResolvedFile(device: device, identity: uri.description, resolver: nil)
+            return try openDisk(file, try formatHint() ?? .guess(name: uri.exportName, isNodeOrRemote: true))
         }
     }
 
@@ -113,7 +122,7 @@ extension SourceReference {
         options.isWritable = writable
         options.isDirect = try flag("direct")
         options.isExclusive = try flag("exclusive")
-        let hint = try formatHint(path)
+        let hint = try formatHint()
         var status = stat()
         if stat(path, &status) < 0 { throw BlockError(errno: errno, "opening \(path)") }
         let isNode = status.st_mode & S_IFMT == S_IFBLK
@@ -132,7 +141,7 @@ extension SourceReference {
     }
 
     /// What format= says; nil without it.
-    private func formatHint(_ path: String) throws(BlockError) -> FormatHint? {
+    private func formatHint() throws(BlockError) -> FormatHint? {
         guard let name = parameter("format") else { return nil }
         guard let format = ImageFormat(rawValue: name) else {
             let known = ImageFormat.allCases.filter(\.isSupported).map(\.rawValue).joined(separator: ", ")

@@ -1,6 +1,7 @@
 // The source grammar: what a user writes to name a disk, taken apart. Nothing is opened here.
 public import Block
 import LinuxIO
+public import NBD
 
 /// A disk as a user names it: a path or a URI.
 public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
@@ -12,6 +13,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case pattern(size: UInt64)
         /// Zeros in memory, of a number of bytes.
         case memory(size: UInt64)
+        /// An export of an NBD server.
+        case nbd(NBDURI)
     }
 
     /// What the reference names.
@@ -25,8 +28,6 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
 
     /// URI schemes that name sources this version cannot open, and what they would be.
     static let notYet = [
-        "nbd": "a remote NBD export", "nbds": "a remote NBD export", "nbd+unix": "a remote NBD export",
-        "nbds+unix": "a remote NBD export", "nbd+vsock": "a remote NBD export", "nbd+ssh": "a remote NBD export",
         "hotadd": "a hot-added disk", "san": "a disk on a SAN LUN", "iscsi": "an iSCSI LUN", "vddk": "a VDDK disk",
         "point": "a restore point",
     ]
@@ -44,6 +45,12 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
             return
         }
         let scheme = text[..<colon].lowercased()
+        if NBDURI.schemes.contains(scheme) {
+            let uri = try NBDURI(text)
+            kind = .nbd(uri)
+            parameters = uri.format.map { [("format", $0)] } ?? []
+            return
+        }
         let (body, query) = Self.split(text[text.index(after: colon)...])
         parameters = try Self.parameters(query, of: text)
         switch scheme {
@@ -57,6 +64,26 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
             throw BlockError(
                 .invalid, "opening \(text): \(scheme): is no kind of source (for a file of this name write ./\(text))")
         }
+    }
+
+    /// The same source, whose server has to show a certificate with one of these fingerprints, and one of those that
+    /// the source itself names, if it does.
+    ///
+    /// - Throws: `.invalid` when the source is reached without TLS, so that there would be no certificate.
+    public func pinned(to fingerprints: [Fingerprint]) throws(BlockError) -> SourceReference {
+        guard case .nbd(var uri) = kind, var tls = uri.tls else {
+            throw BlockError(
+                .invalid, "opening \(self): a fingerprint needs a server with a certificate (nbds://, nbds+unix://)")
+        }
+        if tls.fingerprints.isEmpty { tls.fingerprints = fingerprints } else { tls.narrowing = fingerprints }
+        uri.tls = tls
+        return SourceReference(kind: .nbd(uri), parameters: parameters, description: description)
+    }
+
+    private init(kind: Kind, parameters: [(key: String, value: String)], description: String) {
+        self.kind = kind
+        self.parameters = parameters
+        self.description = description
     }
 
     private static func isScheme(_ text: Substring) -> Bool {

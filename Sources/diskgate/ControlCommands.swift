@@ -21,7 +21,8 @@ struct ExportsCommand: ParsableCommand {
                 let access = export.readOnly ? "read-only" : "writable"
                 print(
                     "\"\(export.name)\" \(export.source) \(export.format) \(export.size) bytes \(access) "
-                        + "\(export.clients) clients, \(export.bytesRead) bytes read, \(export.bytesWritten) written")
+                        + "\(export.clients) clients, \(export.bytesRead) bytes read, \(export.bytesWritten) written, "
+                        + "\(export.errors) errors, \(export.inFlight) in flight")
             }
         }
     }
@@ -100,7 +101,9 @@ struct ClientsCommand: ParsableCommand {
                 let export = client.export.map { "export \"\($0)\"" } ?? "handshake"
                 print(
                     "\(client.id) \(client.peer) \(export) "
-                        + "\(client.bytesRead) bytes read, \(client.bytesWritten) written")
+                        + "\(client.bytesRead) bytes read, \(client.bytesWritten) written, \(client.errors) errors, "
+                        + "\(client.inFlight) in flight"
+                        + (client.oldestRequestSeconds.map { ", the oldest for \(Int($0)) s" } ?? ""))
             }
         }
     }

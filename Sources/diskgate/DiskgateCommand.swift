@@ -5,6 +5,7 @@ import FoundationEssentials
 import Gateway
 import Glibc
 import LinuxIO
+import NBD
 import Transports
 
 @main
@@ -14,14 +15,15 @@ struct DiskgateCommand: ParsableCommand {
         abstract: "Serve, map, read and back up the disks of virtual machines.",
         discussion: """
             A SOURCE is a path (disk.raw, disk.qcow2, /dev/sdb) or a URI: file:///PATH?format=raw|qcow2&direct=true\
-            &exclusive=true, pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE. Sizes take K, M, G, T and P (powers \
+            &exclusive=true, nbd://HOST/EXPORT and the other NBD URIs (nbds, nbd+unix, nbd+vsock, ...), \
+            pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE. Sizes take K, M, G, T and P (powers \
             of 1024). Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, \
             2 usage, 3 done but downgraded.
             """,
         version: "0.1.0",
         subcommands: [
             ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
-            ExportsCommand.self, ClientsCommand.self,
+            TrustCommand.self, ExportsCommand.self, ClientsCommand.self,
         ])
 
     static func main() {
@@ -75,9 +77,11 @@ struct SourceArguments: ParsableArguments {
     var source: String
 
     @OptionGroup var part: PartArguments
+    @OptionGroup var trust: TrustArguments
 
     func open() throws -> any BlockDevice {
         var disk = DiskSpecification(try SourceReference(source))
+        disk.fingerprints = try trust.fingerprints()
         part.apply(to: &disk)
         return try disk.open()
     }
@@ -107,6 +111,17 @@ struct PartArguments: ParsableArguments {
         disk.offset = offset?.bytes ?? 0
         disk.length = length?.bytes
     }
+}
+
+/// Which server is the right one, where the source is one behind TLS.
+struct TrustArguments: ParsableArguments {
+    @Option(
+        help: ArgumentHelp(
+            "Take the server's certificate with this digest only (see diskgate trust). May be repeated.",
+            valueName: "sha256:HEX|sha1:HEX"))
+    var fingerprint: [String] = []
+
+    func fingerprints() throws -> [Fingerprint] { try fingerprint.map { try Fingerprint($0) } }
 }
 
 /// Whether a report is printed as JSON.

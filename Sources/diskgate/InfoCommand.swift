@@ -3,12 +3,22 @@ import ArgumentParser
 import Block
 import Formats
 import LinuxIO
+import NBD
+import Transports
 
 struct InfoCommand: ParsableCommand {
     static let configuration = CommandConfiguration(commandName: "info", abstract: "Tell what a disk is.")
 
     @OptionGroup var source: SourceArguments
     @OptionGroup var report: ReportArguments
+
+    @Flag(help: "Tell which exports an NBD server has, whatever export the URI names.")
+    var list = false
+
+    private struct ExportReport: Encodable {
+        var name: String
+        var description: String
+    }
 
     private struct Report: Encodable {
         var name: String
@@ -33,7 +43,27 @@ struct InfoCommand: ParsableCommand {
         var problem: String?
     }
 
+    /// The exports of a server, one in a line; a tab is between name and description.
+    private func printList() throws {
+        var reference = try SourceReference(source.source)
+        let pins = try source.trust.fingerprints()
+        if !pins.isEmpty { reference = try reference.pinned(to: pins) }
+        guard case .nbd(let uri) = reference.kind else {
+            throw BlockError(
+                .invalid, "listing the exports of \(reference): it is no NBD server (nbd://, nbds://, ...)")
+        }
+        let exports = try ClientConnector(uri).list().map {
+            ExportReport(name: $0.name, description: $0.exportDescription)
+        }
+        if report.json { return try printJSON(exports) }
+        for export in exports {
+            // A name is shown as it would be written in a URI, so that no byte of it is lost or steers a terminal.
+            print(NBDURI.encoded(export.name) + (export.description.isEmpty ? "" : "\t\(export.description)"))
+        }
+    }
+
     func run() throws {
+        if list { return try printList() }
         let device = try source.open()
         let info = device.info
         // A table that cannot be read concerns nobody who wants to know what the disk is.

@@ -43,6 +43,7 @@ struct ServeCommand: ParsableCommand {
     var scratch: String?
 
     @OptionGroup var part: PartArguments
+    @OptionGroup var trust: TrustArguments
 
     @Option(help: ArgumentHelp("Show this size, cut off or with zeros at the end.", valueName: "bytes"))
     var size: ByteArgument?
@@ -52,12 +53,8 @@ struct ServeCommand: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "Admit these clients only: address=ADDRESS[/BITS], uid=N, gid=N or cid=N. May be repeated.",
-            valueName: "rule"))
+            "Admit these clients only: \(AllowRule.forms). May be repeated.", valueName: "rule"))
     var allow: [String] = []
-
-    @Option(help: ArgumentHelp("Bytes per second for all clients of an export together.", valueName: "bytes"))
-    var limitRate: ByteArgument?
 
     @Option(help: ArgumentHelp("Wait before every read, for tests.", valueName: "milliseconds"))
     var delayRead: UInt32 = 0
@@ -72,23 +69,25 @@ struct ServeCommand: ParsableCommand {
             valueName: "fault"))
     var fault: [String] = []
 
-    @Option(help: "off: no TLS, said aloud, which listening beyond this machine needs.")
-    var tls: String?
+    @Option(
+        help: ArgumentHelp(
+            "Only clients of this rule may list the exports; none: nobody. May be repeated.", valueName: "rule"))
+    var allowList: [String] = []
+
+    @OptionGroup var tls: TLSServerArguments
 
     @Option(help: ArgumentHelp("Listen for control commands here.", valueName: "unix:path"))
     var control: String?
 
-    @Option(help: "The most clients at once.")
-    var maxConnections = 1024
+    @Option(
+        help: ArgumentHelp(
+            "Answer Prometheus here, over HTTP at /metrics: unix:PATH or tcp://HOST:PORT.", valueName: "address"))
+    var metrics: String?
 
-    @Option(help: "The most clients of one export.")
-    var maxPerExport = 1024
+    @Flag(help: "Let other machines read the metrics, in clear text.")
+    var metricsRemote = false
 
-    @Option(help: "The most clients of one address, user (at Unix sockets) or virtual machine.")
-    var maxPerPeer = 1024
-
-    @Option(help: ArgumentHelp("Time for the whole handshake.", valueName: "seconds"))
-    var handshakeTimeout = 10
+    @OptionGroup(title: "Limits") var limits: LimitArguments
 
     @Option(help: ArgumentHelp("Time that clients have to go when the server stops.", valueName: "seconds"))
     var grace = 10.0
@@ -120,22 +119,13 @@ struct ServeCommand: ParsableCommand {
         }
         if name.count > sources.count { throw ValidationError("There are more names than sources.") }
         if description.count > sources.count { throw ValidationError("There are more descriptions than sources.") }
-        if stdio && (!listen.isEmpty || command != nil || control != nil || exitWithLast) {
+        if stdio && (!listen.isEmpty || command != nil || control != nil || exitWithLast || metrics != nil) {
             throw ValidationError(
-                "--stdio serves one client where it stands: no --listen, --run, --control or --exit-with-last.")
+                "--stdio serves one client where it stands: no --listen, --run, --control, --metrics or "
+                    + "--exit-with-last.")
         }
-        for limit in [maxConnections, maxPerExport, maxPerPeer] where !(1...65536).contains(limit) {
-            throw ValidationError("A number of clients is 1 to 65536.")
-        }
-        if limitRate?.bytes == 0 { throw ValidationError("--limit-rate is at least 1 byte per second.") }
-        if !(1...3600).contains(handshakeTimeout) { throw ValidationError("--handshake-timeout is 1 to 3600 seconds.") }
         if !(0...3600).contains(grace) { throw ValidationError("--grace is 0 to 3600 seconds.") }
         if max(delayRead, delayWrite) > 600_000 { throw ValidationError("A delay is at most 600000 milliseconds.") }
-        switch tls {
-        case nil, "off": break
-        case "allow", "require": throw ValidationError("This version of diskgate serves no TLS: only --tls off.")
-        default: throw ValidationError("--tls is off, allow or require.")
-        }
     }
 
     func run() throws {
@@ -161,10 +151,16 @@ struct ServeCommand: ParsableCommand {
         request.defaults.options = try options()
         request.defaults.imageDirectories = part.imageDirectory
         request.defaults.scratchDirectory = scratch
-        request.allowsRemote = tls != nil
-        request.limits.connectionsMax = maxConnections
-        request.limits.connectionsPerPeerMax = maxPerPeer
-        request.limits.handshakeSeconds = handshakeTimeout
+        request.tls = try tls.server(log: request.log)
+        request.allowsRemote = tls.isSaidAloud
+        if !allowList.isEmpty {
+            request.listRules = []
+            for rule in allowList where rule != "none" { request.listRules?.append(try AllowRule(rule)) }
+        }
+        request.limits = limits.limits
+        request.metrics = try metrics.map { try ListenAddress($0, defaultPort: 0) }
+        request.allowsRemoteMetrics = metricsRemote
+        request.version = DiskgateCommand.configuration.version
         request.graceSeconds = grace
         return request
     }
@@ -173,6 +169,7 @@ struct ServeCommand: ParsableCommand {
         var disk = DiskSpecification(try SourceReference(source))
         disk.access = writable ? .writable : overlay ? .overlay : .readOnly
         part.apply(to: &disk)
+        disk.fingerprints = try trust.fingerprints()
         disk.size = size?.bytes
         disk.roundedTo = roundSize?.bytes
         disk.scratchDirectory = scratch
@@ -184,10 +181,10 @@ struct ServeCommand: ParsableCommand {
         var options = ExportOptions()
         options.isReadOnly = !writable && !overlay
         for rule in allow { options.allow.append(try AllowRule(rule)) }
-        options.bytesPerSecondMax = limitRate?.bytes
+        options.bytesPerSecondMax = limits.limitRate?.bytes
         options.readDelayMS = delayRead
         options.writeDelayMS = delayWrite
-        options.connectionsMax = maxPerExport
+        options.connectionsMax = limits.maxPerExport
         return options
     }
 
