@@ -44,7 +44,7 @@ struct slot {
 
 struct connection {
     pthread_t thread;
-    int socket;
+    struct nbd_stream stream;
     struct nbd_export export;
     struct slot *slots;
     uint16_t *free_slots;
@@ -150,12 +150,11 @@ static ssize_t send_writes(struct connection *c) {
         skip = 0;
     }
     const struct msghdr message = {.msg_iov = vectors, .msg_iovlen = count};
-    return sendmsg(c->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    return sendmsg(c->stream.socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
 static ssize_t send_reads(struct connection *c) {
-    return send(c->socket, (uint8_t *)c->queue + c->sent, c->queued * sizeof *c->queue - c->sent,
-                MSG_DONTWAIT | MSG_NOSIGNAL);
+    return stream_send(&c->stream, (uint8_t *)c->queue + c->sent, c->queued * sizeof *c->queue - c->sent);
 }
 
 // Sends what the socket takes without waiting: a server that is itself
@@ -308,11 +307,11 @@ static void receive(struct connection *c) {
     memmove(c->buffer, c->buffer + c->begin, c->end - c->begin);
     c->end -= c->begin;
     c->begin = 0;
-    if (c->queued > 0) {
-        struct pollfd ready = {.fd = c->socket, .events = POLLIN | POLLOUT};
+    if (c->queued > 0 && !stream_has_bytes(&c->stream)) {
+        struct pollfd ready = {.fd = c->stream.socket, .events = POLLIN | POLLOUT};
         if (poll(&ready, 1, -1) < 0) die("poll: %s", strerror(errno));
     }
-    const ssize_t n = recv(c->socket, c->buffer + c->end, c->capacity - c->end, c->queued > 0 ? MSG_DONTWAIT : 0);
+    const ssize_t n = stream_receive(&c->stream, c->buffer + c->end, c->capacity - c->end, c->queued == 0);
     if (n < 0 && errno == EAGAIN) return;
     if (n < 0) die("receiving failed: %s", strerror(errno));
     if (n == 0) die("the server closed the connection with %u requests in flight", options.depth - c->free_count);
@@ -336,7 +335,7 @@ static void *run_connection(void *argument) {
     }
     c->finished_at = time;
     const struct nbd_request bye = {.magic = htobe32(NBD_REQUEST_MAGIC), .type = htobe16(NBD_CMD_DISC)};
-    send(c->socket, &bye, sizeof bye, MSG_NOSIGNAL);
+    stream_send(&c->stream, &bye, sizeof bye);
     return NULL;
 }
 
@@ -358,7 +357,7 @@ static uint64_t share(uint64_t total, unsigned index) {
 }
 
 static void prepare(struct connection *c, unsigned index, uint64_t first_block) {
-    c->socket = nbd_open(&options.target, &c->export);
+    c->stream = nbd_open(&options.target, &c->export);
     check_fit(&c->export);
     const uint64_t blocks = options.span / options.block;
     c->first_block = options.sequential ? first_block : 0;
@@ -404,6 +403,20 @@ static void map_reference(void) {
 
 // --- Report
 
+static int in_order(const void *a, const void *b) {
+    const uint64_t one = *(const uint64_t *)a, other = *(const uint64_t *)b;
+    return (one > other) - (one < other);
+}
+
+// How far the slowest connection is behind the one in the middle.
+static double slowest_to_median(const struct connection *connections) {
+    uint64_t completed[MAX_CONNECTIONS];
+    for (unsigned i = 0; i < options.connections; i++) completed[i] = connections[i].completed;
+    qsort(completed, options.connections, sizeof *completed, in_order);
+    const uint64_t median = completed[options.connections / 2];
+    return median > 0 ? (double)completed[0] / (double)median : 0;
+}
+
 static void report(const struct connection *connections, uint64_t started, double cpu_seconds) {
     static uint64_t histogram[BUCKETS];
     uint64_t operations = 0, finished = started;
@@ -415,10 +428,10 @@ static void report(const struct connection *connections, uint64_t started, doubl
     }
     const double seconds = (double)(finished - started) * 1e-9;
     printf("{\"operations\": %llu, \"bytes\": %llu, \"seconds\": %.6f, \"cpu_seconds\": %.6f, "
-           "\"latency_p50_us\": %.2f, \"latency_p99_us\": %.2f, \"structured\": %s",
+           "\"latency_p50_us\": %.2f, \"latency_p99_us\": %.2f, \"slowest_to_median\": %.3f, \"structured\": %s",
            (unsigned long long)operations, (unsigned long long)operations * options.block, seconds, cpu_seconds,
            quantile_us(histogram, operations, 0.50), quantile_us(histogram, operations, 0.99),
-           connections[0].export.structured ? "true" : "false");
+           slowest_to_median(connections), connections[0].export.structured ? "true" : "false");
     if (options.server != NULL) printf(", \"start_seconds\": %.6f", (double)(finished - server_exec_time()) * 1e-9);
     printf("}\n");
 }

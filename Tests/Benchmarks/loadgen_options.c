@@ -7,7 +7,7 @@
 #include <stdlib.h>
 
 struct loadgen_options options = {
-    .target = {.export_name = "", .ask_structured = true},
+    .target = {.export_name = "", .ask_structured = true, .tls.identity = "backup"},
     .connections = 1, .depth = 1, .block = 4096, .seed = 1,
 };
 
@@ -17,6 +17,9 @@ static const char help[] =
     "Loads an NBD server with requests and prints one line of JSON.\n"
     "\n"
     "  --export NAME        export to open (default: the one with the empty name)\n"
+    "  --tls-certificates DIRECTORY  speak TLS, with the client's certificate in it\n"
+    "  --tls-psk FILE                speak TLS, with a key from this file\n"
+    "  --tls-identity NAME           the key's name (default: backup)\n"
     "  --simple             do not ask for structured replies\n"
     "  --connections N      connections, one thread each (default 1)\n"
     "  --depth N            requests in flight per connection (default 1)\n"
@@ -67,12 +70,14 @@ static void set_tcp(char *address) {
 }
 
 enum {
-    UNIX, TCP, EXPORT, SIMPLE, CONNECTIONS, DEPTH, BLOCK, WRITE, SEQUENTIAL, SPAN,
-    SECONDS, OPS, SEED, VERIFY, CONNECT_TIMEOUT, EXEC, HELP,
+    UNIX, TCP, EXPORT, TLS_CERTIFICATES, TLS_PSK, TLS_IDENTITY, SIMPLE, CONNECTIONS, DEPTH, BLOCK, WRITE, SEQUENTIAL,
+    SPAN, SECONDS, OPS, SEED, VERIFY, CONNECT_TIMEOUT, EXEC, HELP,
 };
 
 static const struct option known_options[] = {
-    {"unix", 1, 0, UNIX}, {"tcp", 1, 0, TCP}, {"export", 1, 0, EXPORT}, {"simple", 0, 0, SIMPLE},
+    {"unix", 1, 0, UNIX}, {"tcp", 1, 0, TCP}, {"export", 1, 0, EXPORT},
+    {"tls-certificates", 1, 0, TLS_CERTIFICATES}, {"tls-psk", 1, 0, TLS_PSK}, {"tls-identity", 1, 0, TLS_IDENTITY},
+    {"simple", 0, 0, SIMPLE},
     {"connections", 1, 0, CONNECTIONS}, {"depth", 1, 0, DEPTH}, {"block", 1, 0, BLOCK}, {"write", 0, 0, WRITE},
     {"sequential", 0, 0, SEQUENTIAL}, {"span", 1, 0, SPAN}, {"seconds", 1, 0, SECONDS}, {"ops", 1, 0, OPS},
     {"seed", 1, 0, SEED}, {"verify", 1, 0, VERIFY}, {"connect-timeout", 1, 0, CONNECT_TIMEOUT},
@@ -84,6 +89,9 @@ static void set_option(int option, char *value) {
     case UNIX: options.target.unix_path = value; break;
     case TCP: set_tcp(value); break;
     case EXPORT: options.target.export_name = value; break;
+    case TLS_CERTIFICATES: options.target.tls.certificates = value; break;
+    case TLS_PSK: options.target.tls.psk_file = value; break;
+    case TLS_IDENTITY: options.target.tls.identity = value; break;
     case SIMPLE: options.target.ask_structured = false; break;
     case CONNECTIONS: options.connections = (unsigned)number(value, 1, MAX_CONNECTIONS); break;
     case DEPTH: options.depth = (unsigned)number(value, 1, MAX_DEPTH); break;
@@ -111,6 +119,7 @@ void parse_options(int count, char **arguments) {
     }
     if ((options.target.unix_path == NULL) == (options.target.host == NULL)) usage_error("give --unix or --tcp");
     if (options.verify_path != NULL && options.write) usage_error("--verify is for reading");
+    if (wants_tls(&options.target.tls) && options.write) usage_error("writing through TLS is not supported");
     if (exec != (optind < count)) usage_error("--exec and a server's command line go together");
     if (exec) {
         options.server = arguments + optind;

@@ -18,6 +18,7 @@ enum {
     FLAG_FIXED_NEWSTYLE = 1,
     FLAG_NO_ZEROES = 2,
     OPT_EXPORT_NAME = 1,
+    OPT_STARTTLS = 5,
     OPT_GO = 7,
     OPT_STRUCTURED_REPLY = 8,
     REP_ACK = 1,
@@ -45,19 +46,6 @@ void die(const char *format, ...) {
     fputc('\n', stderr);
     va_end(arguments);
     _exit(1);  // not exit(): the other threads are still using what it would tear down
-}
-
-static void receive_all(int socket, void *buffer, size_t length) {
-    if (length == 0) return;  // receiving nothing would still wait for something
-    ssize_t n = recv(socket, buffer, length, MSG_WAITALL);
-    if (n < 0) die("handshake: receiving failed: %s", strerror(errno));
-    if ((size_t)n != length) die("handshake: the server closed the connection");
-}
-
-static void send_all(int socket, const void *buffer, size_t length) {
-    // A handshake message is far smaller than any socket buffer: never partial.
-    if (send(socket, buffer, length, MSG_NOSIGNAL) != (ssize_t)length)
-        die("handshake: sending failed: %s", strerror(errno));
 }
 
 static int connect_unix(const char *path) {
@@ -110,25 +98,25 @@ static int connect_to(const struct nbd_target *target) {
     die("cannot connect to %s:%s: %s", target->host, target->port, strerror(errno));
 }
 
-static void send_option(int socket, uint32_t option, const void *data, uint32_t length) {
+static void send_option(struct nbd_stream *stream, uint32_t option, const void *data, uint32_t length) {
     uint8_t message[16 + EXPORT_NAME_LIMIT + 16];
     const uint64_t magic = htobe64(OPTION_MAGIC);
     const uint32_t fields[2] = {htobe32(option), htobe32(length)};
     memcpy(message, &magic, 8);
     memcpy(message + 8, fields, 8);
     if (length > 0) memcpy(message + 16, data, length);
-    send_all(socket, message, 16 + length);
+    send_all(stream, message, 16 + length);
 }
 
-static void receive_option_reply(int socket, uint32_t option, struct option_reply *reply) {
+static void receive_option_reply(struct nbd_stream *stream, uint32_t option, struct option_reply *reply) {
     uint8_t header[20];
-    receive_all(socket, header, sizeof header);
+    receive_all(stream, header, sizeof header);
     if (get64(header) != OPTION_REPLY_MAGIC || get32(header + 8) != option)
         die("handshake: the server answered option %u with something else", option);
     reply->type = get32(header + 12);
     reply->length = get32(header + 16);
     if (reply->length > REPLY_PAYLOAD_LIMIT) die("handshake: a reply of %u bytes to option %u", reply->length, option);
-    receive_all(socket, reply->payload, reply->length);
+    receive_all(stream, reply->payload, reply->length);
 }
 
 static void take_info(const struct option_reply *reply, struct nbd_export *export) {
@@ -145,16 +133,16 @@ static void take_info(const struct option_reply *reply, struct nbd_export *expor
 }
 
 // True when the export is open, false when the server does not know the option.
-static bool go(int socket, const char *name, struct nbd_export *export, struct option_reply *reply) {
+static bool go(struct nbd_stream *stream, const char *name, struct nbd_export *export, struct option_reply *reply) {
     const uint32_t length = (uint32_t)strlen(name), wire_length = htobe32(length);
     const uint16_t requests[2] = {htobe16(1), htobe16(INFO_BLOCK_SIZE)};
     uint8_t message[4 + EXPORT_NAME_LIMIT + sizeof requests];
     memcpy(message, &wire_length, 4);
     memcpy(message + 4, name, length);
     memcpy(message + 4 + length, requests, sizeof requests);
-    send_option(socket, OPT_GO, message, 4 + length + (uint32_t)sizeof requests);
+    send_option(stream, OPT_GO, message, 4 + length + (uint32_t)sizeof requests);
     for (;;) {
-        receive_option_reply(socket, OPT_GO, reply);
+        receive_option_reply(stream, OPT_GO, reply);
         if (reply->type == REP_ACK) return true;
         if (reply->type == REP_ERR_UNSUP) return false;
         if (reply->type & REP_IS_ERROR)
@@ -164,20 +152,28 @@ static bool go(int socket, const char *name, struct nbd_export *export, struct o
     }
 }
 
-static void export_name(int socket, const char *name, bool zeroes, struct nbd_export *export) {
+static void export_name(struct nbd_stream *stream, const char *name, bool zeroes, struct nbd_export *export) {
     uint8_t answer[10 + 124];  // 124 bytes of padding, unless both sides agreed to leave it out
-    send_option(socket, OPT_EXPORT_NAME, name, (uint32_t)strlen(name));
-    receive_all(socket, answer, zeroes ? sizeof answer : 10);
+    send_option(stream, OPT_EXPORT_NAME, name, (uint32_t)strlen(name));
+    receive_all(stream, answer, zeroes ? sizeof answer : 10);
     export->size = get64(answer);
     export->flags = get16(answer + 8);
 }
 
-int nbd_open(const struct nbd_target *target, struct nbd_export *export) {
+static void ask_for_tls(struct nbd_stream *stream, const struct tls_options *options, struct option_reply *reply) {
+    send_option(stream, OPT_STARTTLS, NULL, 0);
+    receive_option_reply(stream, OPT_STARTTLS, reply);
+    if (reply->type != REP_ACK)
+        die("the server refuses TLS: error %#x %.*s", reply->type, (int)reply->length, (char *)reply->payload);
+    start_tls(stream, options);
+}
+
+struct nbd_stream nbd_open(const struct nbd_target *target, struct nbd_export *export) {
     const char *name = target->export_name;
     if (strlen(name) > EXPORT_NAME_LIMIT) die("the export name is longer than %d bytes", EXPORT_NAME_LIMIT);
     *export = (struct nbd_export){.minimum_block = 1, .maximum_payload = 32 << 20};
 
-    int s = connect_to(target);
+    struct nbd_stream stream = {.socket = connect_to(target)}, *s = &stream;
     uint8_t greeting[18];
     receive_all(s, greeting, sizeof greeting);
     if (memcmp(greeting, "NBDMAGIC", 8) != 0 || get64(greeting + 8) != OPTION_MAGIC)
@@ -189,6 +185,7 @@ int nbd_open(const struct nbd_target *target, struct nbd_export *export) {
 
     struct option_reply *reply = malloc(sizeof *reply);
     if (reply == NULL) die("out of memory");
+    if (wants_tls(&target->tls)) ask_for_tls(s, &target->tls, reply);
     if (target->ask_structured) {
         send_option(s, OPT_STRUCTURED_REPLY, NULL, 0);
         receive_option_reply(s, OPT_STRUCTURED_REPLY, reply);
@@ -196,5 +193,5 @@ int nbd_open(const struct nbd_target *target, struct nbd_export *export) {
     }
     if (!go(s, name, export, reply)) export_name(s, name, !(offered & FLAG_NO_ZEROES), export);
     free(reply);
-    return s;
+    return stream;
 }

@@ -1,8 +1,10 @@
 // The client side of the NBD handshake, for the load generator: address in,
-// a socket in the transmission phase and the export's properties out.
+// a stream in the transmission phase and the export's properties out.
 // Magic numbers and field names are those of the NBD protocol document.
 #ifndef NBD_CLIENT_H
 #define NBD_CLIENT_H
+
+#include "stream.h"
 
 #include <endian.h>
 #include <stdbool.h>
@@ -41,6 +43,7 @@ struct nbd_target {
     const char *host, *port;  // or these
     const char *export_name;
     bool ask_structured;
+    struct tls_options tls;
     double connect_seconds;   // keep trying to connect for so long; 0: once
 };
 
@@ -52,7 +55,7 @@ struct nbd_export {
 };
 
 // Connects and negotiates; ends the program with a message when it cannot.
-int nbd_open(const struct nbd_target *target, struct nbd_export *export);
+struct nbd_stream nbd_open(const struct nbd_target *target, struct nbd_export *export);
 
 // Prints a message and ends the whole program, from any thread.
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));

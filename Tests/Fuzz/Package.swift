@@ -31,9 +31,11 @@ let package = Package(
                 .product(name: "LinuxIO", package: "diskgate-package"),
                 .product(name: "NBD", package: "diskgate-package"),
             ], cSettings: gnuSource, swiftSettings: settings),
+        fuzzer("ClientFuzz", ["LinuxIO", "NBD"]),
         fuzzer("OptionsFuzz", ["LinuxIO", "NBD"]),
         fuzzer("PartitionsFuzz", ["Formats"]),
         fuzzer("Qcow2Fuzz", ["Formats", "LinuxIO"]),
+        fuzzer("StartTLSFuzz", ["LinuxIO", "NBD"]),
         fuzzer("TransmissionFuzz", ["LinuxIO", "NBD"]),
     ],
     swiftLanguageModes: [.v6]

@@ -190,7 +190,7 @@ private typealias Opt = NBD.Option
     }
 
     @Test func `rules hide exports from whom they do not admit`() throws {
-        let secret = try patternExport("secret", allow: [.uid(4711)])
+        let secret = try patternExport("secret", allow: [AllowRule("uid=4711")])
         let exports = [secret, try patternExport("open")]
         var stranger = Dialogue(exports, peer: .unix(pid: 1, uid: 1000, gid: 1000))
         #expect(stranger.ask(Opt.list).first?.payload == counted("open"))

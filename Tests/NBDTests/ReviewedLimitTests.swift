@@ -10,7 +10,7 @@ private typealias Opt = NBD.Option
 @Suite struct HoardingTests {
     @Test func `replies to a storm of options are handed over in portions`() throws {
         let exports = try (0..<40).map { try patternExport("e\($0)", description: String(repeating: "d", count: 4000)) }
-        var handshake = ServerHandshake(directory: TestDirectory(exports), peer: .inherited)
+        var handshake = ServerHandshake(directory: TestDirectory(exports), client: Credentials(peer: .inherited))
         var input = UInt32(3).wire + (0..<100).flatMap { _ in TestClient.option(Opt.list) }
         var lists = 0
         var largest = 0

@@ -10,6 +10,7 @@ from .workloads import FLOOR, Copy, CopyIn, Fio, Load, Row, Start
 Workload = Copy | CopyIn | Fio | Load | Start
 
 EVERY_SERVER = ("diskgate", "nbdkit", "qemu-nbd", "qemu-nbd-uring", "nbd-server")
+TLS_SERVERS = ("diskgate", "nbdkit", "qemu-nbd")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,14 @@ class Case:
                 needed = {"fio": "fio"}
             case _:
                 needed = {}
+        if self.tls:
+            needed |= {"openssl": "openssl", "nbdinfo": "libnbd-bin"}
         return needed | ({"qemu-img": "qemu-utils"} if self.disk == "qcow2" else {})
+
+    @property
+    def tls(self) -> str | None:
+        """How the case speaks TLS: "x509", "psk" or not at all."""
+        return getattr(self.workload, "tls", None)
 
     @property
     def disks(self) -> set[str]:
@@ -60,6 +68,15 @@ def _cold(connections: int, depth: int) -> Case:
                 Load(connections, depth, cold=True), disk="cold")
 
 
+def _tls(kind: str, tcp: bool, connections: int | None) -> Case:
+    how = {"x509": "certificates", "psk": "a pre-shared key"}[kind]
+    where = "TCP loopback" if tcp else "unix socket"
+    number = "1 connection" if connections == 1 else "4 connections"
+    return Case(f"tls-{kind}-{'tcp' if tcp else 'unix'}-{connections or 4}",
+                f"nbdcopy to null: over TLS with {how}, page cache, {where}, {number}",
+                Copy(tcp=tcp, tls=kind, connections=connections), servers=TLS_SERVERS)
+
+
 _FLOOR_ROW = ((FLOOR, FLOOR, "raw"),)
 
 CASES = [
@@ -83,6 +100,13 @@ CASES = [
          Load(32, 4, memory=True)),
     Case("rss-32-256k", "memory under 32 busy connections: 256 KiB random reads, 4 in flight on each",
          Load(32, 4, block=256 * 1024, memory=True)),
+    *(_tls(kind, tcp, connections) for kind in ("x509", "psk") for tcp in (False, True) for connections in (None, 1)),
+    Case("tls-fair-64", "64 TLS clients at once, 256 KiB random reads, 2 in flight on each",
+         Load(64, 2, block=256 * 1024, fairness=True, tls="x509"), servers=TLS_SERVERS),
+    Case("tls-rss-32-4k", "memory under 32 busy TLS connections: 4 KiB random reads, 4 in flight on each",
+         Load(32, 4, memory=True, tls="x509"), servers=TLS_SERVERS),
+    Case("tls-rss-32-256k", "memory under 32 busy TLS connections: 256 KiB random reads, 4 in flight on each",
+         Load(32, 4, block=256 * 1024, memory=True, tls="x509"), servers=TLS_SERVERS),
     # Starts take milliseconds and vary: more of them cost next to nothing.
     # nbd-server goes to the background, so nobody can say when it has started.
     Case("start", "from exec of the server to the first 4 KiB read", Start(),

@@ -23,6 +23,7 @@ class RowResult:
     row: Row
     samples: dict[int, Sample] = field(default_factory=dict)  # by round
     failures: list[str] = field(default_factory=list)
+    cipher: str | None = None
 
     def values(self, metric: Metric) -> dict[int, float]:
         return {round: sample[metric.key] for round, sample in self.samples.items() if metric.key in sample}
@@ -38,6 +39,7 @@ class CaseResult:
             "name": self.case.name,
             "summary": self.case.summary,
             "rows": [{"label": result.row.label, "disk": result.row.disk,
+                      "cipher": result.cipher,
                       "samples": [{"round": round, **sample} for round, sample in result.samples.items()],
                       "failures": result.failures} for result in self.rows],
         }
@@ -130,6 +132,7 @@ def table(result: CaseResult, baseline: str) -> list[str]:
 
 def remarks(result: CaseResult) -> list[str]:
     lines = [f"- {line.row.label} failed: {failure}" for line in result.rows for failure in line.failures]
+    lines += [f"- {line.row.label} and nbdcopy agree to {line.cipher}." for line in result.rows if line.cipher]
     crowded = [line.row.label for line in result.rows
                if (loads := [s["other_cores"] for s in line.samples.values() if "other_cores" in s])
                and statistics.median(loads) > CROWDED_CORES]

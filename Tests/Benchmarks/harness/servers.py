@@ -26,6 +26,27 @@ UNIX_PATH_LIMIT = 107  # sun_path, less its final zero
 
 
 @dataclass(frozen=True)
+class TLS:
+    """How a server speaks TLS: with certificates or with pre-shared keys, from what make-certificates made."""
+
+    kind: str  # "x509" or "psk"
+    directory: pathlib.Path
+    identity = "backup"
+
+    @property
+    def server_certificates(self) -> pathlib.Path:
+        return self.directory / "server"
+
+    @property
+    def client_certificates(self) -> pathlib.Path:
+        return self.directory / "client"
+
+    @property
+    def keys(self) -> pathlib.Path:
+        return self.directory / "psk" / "keys.psk"
+
+
+@dataclass(frozen=True)
 class Export:
     """What is to be served, and how it can be reached."""
 
@@ -34,14 +55,26 @@ class Export:
     writable: bool
     socket_path: pathlib.Path | None  # None: TCP
     port: int  # 0: unix socket
+    tls: TLS | None = None
 
     def uri(self, name: str) -> str:
+        scheme, user, parameters = "nbd", "", []
+        if self.tls is not None:
+            scheme = "nbds"
+            x509 = self.tls.kind == "x509"
+            user = "" if x509 else f"{self.tls.identity}@"
+            parameters.append(f"tls-certificates={self.tls.client_certificates}" if x509
+                              else f"tls-psk-file={self.tls.keys}")
         if self.socket_path is not None:
-            return f"nbd+unix:///{name}?socket={self.socket_path}"
-        return f"nbd://127.0.0.1:{self.port}/{name}"
+            parameters.append(f"socket={self.socket_path}")
+            return f"{scheme}+unix://{user}/{name}?{'&'.join(parameters)}"
+        return f"{scheme}://{user}127.0.0.1:{self.port}/{name}" + (f"?{'&'.join(parameters)}" if parameters else "")
 
     def loadgen_address(self, name: str) -> list[str]:
         where = ["--unix", str(self.socket_path)] if self.socket_path else ["--tcp", f"127.0.0.1:{self.port}"]
+        if self.tls is not None:
+            where += (["--tls-certificates", str(self.tls.client_certificates)] if self.tls.kind == "x509"
+                      else ["--tls-psk", str(self.tls.keys), "--tls-identity", self.tls.identity])
         return where + (["--export", name] if name else [])
 
 
@@ -61,19 +94,34 @@ class Server:
 
 def diskgate(server: Server, export: Export) -> list[str]:
     listen = f"unix:{export.socket_path}" if export.socket_path else f"tcp://127.0.0.1:{export.port}"
-    return [server.program, "serve", str(export.path), "--listen", listen] + ["--writable"] * export.writable
+    tls = []
+    if export.tls is not None:
+        # Without the CA, so that no client's certificate is asked for: the others do not ask either.
+        tls = ["--tls", "require", *(["--tls-psk", str(export.tls.keys)] if export.tls.kind == "psk" else
+                                     ["--tls-cert", str(export.tls.server_certificates / "server-cert.pem"),
+                                      "--tls-key", str(export.tls.server_certificates / "server-key.pem")])]
+    return [server.program, "serve", str(export.path), "--listen", listen, *tls] + ["--writable"] * export.writable
 
 
 def nbdkit(server: Server, export: Export) -> list[str]:
     listen = ["-U", str(export.socket_path)] if export.socket_path else ["-i", "127.0.0.1", "-p", str(export.port)]
-    return [server.program, "-f", *["-r"] * (not export.writable), *listen, "file", str(export.path)]
+    tls = []
+    if export.tls is not None:
+        tls = ["--tls=require", f"--tls-psk={export.tls.keys}" if export.tls.kind == "psk" else
+               f"--tls-certificates={export.tls.server_certificates}"]
+    return [server.program, "-f", *["-r"] * (not export.writable), *listen, *tls, "file", str(export.path)]
 
 
 def qemu_nbd(aio: str) -> Callable[[Server, Export], list[str]]:
     def command(server: Server, export: Export) -> list[str]:
         listen = ["-k", str(export.socket_path)] if export.socket_path else ["-b", "127.0.0.1", "-p", str(export.port)]
+        tls = []
+        if export.tls is not None:
+            directory = export.tls.keys.parent if export.tls.kind == "psk" else export.tls.server_certificates
+            tls = ["--tls-creds", "tls0", "--object",
+                   f"tls-creds-{export.tls.kind},id=tls0,endpoint=server,dir={directory},verify-peer=off"]
         return [server.program, "-t", "-e", "64", "-f", export.format, "--cache=writeback", f"--aio={aio}",
-                *["-r"] * (not export.writable), *listen, str(export.path)]
+                *["-r"] * (not export.writable), *listen, *tls, str(export.path)]
     return command
 
 
@@ -103,17 +151,17 @@ SERVERS = {server.name: server for server in [
 _export_numbers = itertools.count(1)
 
 
-def make_export(path: pathlib.Path, *, writable: bool = False, tcp: bool = False) -> Export:
+def make_export(path: pathlib.Path, *, writable: bool = False, tcp: bool = False, tls: TLS | None = None) -> Export:
     """An export at an address that nothing else uses."""
     format = "qcow2" if path.suffix == ".qcow2" else "raw"
     if tcp:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            return Export(path, format, writable, None, probe.getsockname()[1])
+            return Export(path, format, writable, None, probe.getsockname()[1], tls)
     socket_path = path.parent / f"{next(_export_numbers)}.sock"
     if len(str(socket_path)) > UNIX_PATH_LIMIT:
         raise BenchError(f"{socket_path} is too long for a socket's path: give a shorter --work-dir")
-    return Export(path, format, writable, socket_path, 0)
+    return Export(path, format, writable, socket_path, 0, tls)
 
 
 def adopt_orphans():

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import disks
+from .cipher import chosen_cipher
 from .disks import Disks
 from .process import GIB, BenchError, ClientRun, MemoryWatch, last_lines, machine_busy_seconds, run_client
-from .servers import Export, RunningServer, Server, make_export
+from .servers import TLS, Export, RunningServer, Server, make_export
 
 FLOOR = "floor"  # the row that no NBD server makes
 
@@ -37,6 +38,7 @@ GIB_RATE = Metric("gib_per_second", "GiB/s", "higher")
 OP_RATE = Metric("kiops", "kIOPS", "higher")
 RSS = Metric("rss_mib", "peak RSS MiB")
 RSS_COMPARED = Metric("rss_mib", "peak RSS MiB", "lower")
+FAIRNESS = Metric("slowest_to_median", "slowest / median client", "higher")
 PSS = Metric("pss_mib", "sampled PSS MiB", "lower")
 THREADS = Metric("threads", "threads")
 OTHERS = Metric("other_cores", "other load, cores")
@@ -51,6 +53,10 @@ class Bench:
     floor: pathlib.Path
     seconds: float
     passes: int
+    credentials: pathlib.Path  # what make-certificates made
+
+    def tls(self, kind: str | None) -> TLS | None:
+        return TLS(kind, self.credentials) if kind else None
 
 
 @dataclass(frozen=True)
@@ -130,17 +136,21 @@ class Copy:
 
     tcp: bool = False
     cold: bool = False
+    tls: str | None = None
+    connections: int | None = None  # None: nbdcopy's choice, 4 where the server allows several
     metrics = (GIB_RATE, SERVER_CPU_GIB, CLIENT_CPU_GIB, RSS, THREADS, OTHERS)
 
     def run(self, bench: Bench, row: Row, round: int) -> Sample:
         path = bench.disks.path(row.disk)
-        passes = 1 if self.cold else bench.passes  # the second pass would not be cold
+        # The second pass would not be cold. TLS is so slow that one pass is enough.
+        passes = 1 if self.cold or self.tls else bench.passes
         prepare = disks.evict if self.cold else disks.warm
         if row.server is None:
             prepare(path)
             return self._floor(bench, path, passes)
-        measurement = measure(row.server, make_export(path, tcp=self.tcp),
-                              lambda running: [["nbdcopy", running.uri, "null:"]] * passes,
+        options = [f"--connections={self.connections}"] if self.connections else []
+        measurement = measure(row.server, make_export(path, tcp=self.tcp, tls=bench.tls(self.tls)),
+                              lambda running: [["nbdcopy", *options, running.uri, "null:"]] * passes,
                               before=lambda: prepare(path))
         return measurement.per_gib(bench.disks.size * passes)
 
@@ -186,9 +196,13 @@ class Load:
     tcp: bool = False
     cold: bool = False
     memory: bool = False  # memory is the point of the case
+    fairness: bool = False  # that no connection is starved is
+    tls: str | None = None
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
+        if self.fairness:
+            return (FAIRNESS, OP_RATE, SERVER_CPU_OP, CLIENT_CPU_OP, RSS, THREADS, OTHERS)
         if self.memory:
             return (RSS_COMPARED, PSS, THREADS, OP_RATE, SERVER_CPU_OP, OTHERS)
         latency = (Metric("latency_p50_us", "p50 µs"), Metric("latency_p99_us", "p99 µs"))
@@ -201,13 +215,13 @@ class Load:
         # Every server meets the same offsets in the same round.
         options = ["--connections", self.connections, "--depth", self.depth, "--block", self.block,
                    "--seconds", bench.seconds, "--seed", round + 1, *["--write"] * self.write]
-        measurement = measure(row.server, make_export(path, writable=self.write, tcp=self.tcp),
+        measurement = measure(row.server, make_export(path, writable=self.write, tcp=self.tcp, tls=bench.tls(self.tls)),
                               lambda running: [loadgen(bench, running, *options)],
                               before=lambda: (disks.evict if self.cold else disks.warm)(path),
                               proportional=self.memory)
         figures = figures_of(measurement.runs[0])
         sample = measurement.per_operation(figures["operations"], figures["seconds"], figures["cpu_seconds"])
-        sample |= {key: figures[key] for key in ("latency_p50_us", "latency_p99_us")}
+        sample |= {key: figures[key] for key in ("latency_p50_us", "latency_p99_us", "slowest_to_median")}
         if self.cold:
             sample["resident_after"] = disks.resident_fraction(path)
         return sample
@@ -255,13 +269,17 @@ class Start:
         return {"start_ms": figures_of(run)["start_seconds"] * 1000}
 
 
-def verify(bench: Bench, row: Row):
-    """Reads the whole disk through the server and compares it: speed counts only for the right bytes."""
+def verify(bench: Bench, row: Row, tls: str | None) -> str | None:
+    """Reads the whole disk through the server and compares it: speed counts only for the right bytes.
+
+    With TLS, the answer is the cipher that the server and libnbd agree to.
+    """
     path, reference = bench.disks.path(row.disk), bench.disks.reference(row.disk)
     block = 256 * 1024
     in_order = ["--sequential", "--block", block, "--connections", 2, "--depth", 8,
                 "--ops", reference.stat().st_size // block]
     at_random = ["--block", 4096, "--depth", 32, "--ops", 20000]
-    with RunningServer(row.server, make_export(path)) as running:
+    with RunningServer(row.server, make_export(path, tls=bench.tls(tls))) as running:
         for client in (in_order, at_random):
             run_client(loadgen(bench, running, "--verify", reference, *client))
+        return chosen_cipher(running) if tls else None

@@ -5,7 +5,7 @@ import Glibc
 final class Gateway {
     let folder: Folder
     private let errors: Int32
-    private let pid: pid_t
+    let pid: pid_t
     private var status: Int32?
 
     /// The path of its Unix socket; `uri` and `log` tell of others.

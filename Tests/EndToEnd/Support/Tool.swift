@@ -32,9 +32,11 @@ struct Tool {
 
     /// The Debian packages that tests need programs from.
     private static let packages = [
-        "nbdcopy": "libnbd-bin", "nbdinfo": "libnbd-bin", "qemu-img": "qemu-utils", "qemu-io": "qemu-utils",
+        "nbdkit": "nbdkit", "qemu-nbd": "qemu-utils", "nbd-server": "nbd-server", "nbdcopy": "libnbd-bin",
+        "nbdinfo": "libnbd-bin", "qemu-img": "qemu-utils", "qemu-io": "qemu-utils",
         "fio": "fio", "socat": "socat", "cmp": "diffutils", "sha256sum": "coreutils", "losetup": "mount", "sh": "dash",
         "systemd-socket-activate": "systemd", "python3": "python3-libnbd",
+        "curl": "curl",
     ]
 
     /// A program by its name; a test without it fails, since a skipped one would not be missed.
@@ -70,7 +72,7 @@ struct Tool {
         posix_spawn_file_actions_adddup2(&actions, errors, STDERR_FILENO)
         var argv: [UnsafeMutablePointer<CChar>?] = ([path] + arguments).map { strdup($0) } + [nil]
         defer { for argument in argv { free(argument) } }
-        let kept = ["PATH=/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL=C", "TMPDIR=/var/tmp"]
+        let kept = ["PATH=/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL=C", "TMPDIR=/var/tmp"] + sanitizerOptions
         var variables: [UnsafeMutablePointer<CChar>?] = (kept + environment).map { strdup($0) } + [nil]
         defer { for variable in variables { free(variable) } }
         // This process blocks signals that a shell's wait needs.
@@ -103,6 +105,14 @@ struct Tool {
             status: status, output: try content(of: output),
             errors: String(decoding: try content(of: errors), as: UTF8.self))
     }
+}
+
+/// Whether the programs carry a sanitizer, which has memory of its own.
+var isSanitized: Bool { !sanitizerOptions.isEmpty }
+
+/// What Scripts/sanitize tells the programs that it built.
+private let sanitizerOptions: [String] = ["TSAN_OPTIONS", "ASAN_OPTIONS"].compactMap { (name: String) -> String? in
+    getenv(name).map { "\(name)=\(String(cString: $0))" }
 }
 
 /// Runs a program that must succeed.

@@ -14,11 +14,12 @@ struct Dialogue {
 
     enum End: Equatable {
         case closed
+        case startTLS
         case transmission(export: String, mode: HeaderMode, contexts: [UInt32])
     }
 
-    init(_ exports: [Export], peer: Peer = .inherited, flags: UInt32? = 3) {
-        handshake = ServerHandshake(directory: TestDirectory(exports), peer: peer)
+    init(_ exports: [Export], peer: Peer = .inherited, flags: UInt32? = 3, tls: TLSPolicy = .off) {
+        handshake = ServerHandshake(directory: TestDirectory(exports), client: Credentials(peer: peer), tls: tls)
         if let flags { feed(flags.wire) }
     }
 
@@ -32,11 +33,18 @@ struct Dialogue {
             switch outcome {
             case .more: break
             case .close: end = .closed
+            case .startTLS: end = .startTLS
             case .transmission(let session):
                 end = .transmission(export: session.export.name, mode: session.mode, contexts: session.contexts)
             }
             if consumed == 0 && output.count == before { return }
         }
+    }
+
+    /// Goes on as after a TLS handshake.
+    mutating func secure(_ identity: TLSIdentity) {
+        handshake.secured(identity)
+        end = nil
     }
 
     /// Bytes that the handshake has not taken.

@@ -11,8 +11,12 @@ final class TestDirectory: ExportDirectory {
     private let exports: Locked<[Export]>
     init(_ exports: [Export]) { self.exports = Locked(exports) }
 
-    func exports(for peer: Peer) -> [Export] { exports.withLock { $0 }.filter { $0.options.admits(peer) } }
-    func export(named name: String, for peer: Peer) -> Export? { exports(for: peer).first { $0.name == name } }
+    func exports(for client: Credentials) -> [Export] {
+        exports.withLock { $0 }.filter { $0.admission(of: client) != .refused }
+    }
+    func export(named name: String, for client: Credentials) -> Export? {
+        exports(for: client).first { $0.name == name }
+    }
 }
 
 /// A log handler that drops everything.
@@ -30,19 +34,22 @@ struct NoLog: LogHandler {
 struct TestServer {
     let server: Server
 
-    init(_ exports: [Export], _ configure: (inout ServerLimits) -> Void = { _ in }) throws {
+    init(
+        _ exports: [Export], log: RecordedLog? = nil, _ configure: (inout ServerLimits) -> Void = { _ in }
+    ) throws {
         var limits = ServerLimits()
         configure(&limits)
         server = try Server(
-            directory: TestDirectory(exports), limits: limits, log: Logger(label: "test") { _ in NoLog() })
+            directory: TestDirectory(exports), limits: limits,
+            log: log?.logger ?? Logger(label: "test") { _ in NoLog() })
     }
 
     /// A server with one export of the empty name.
     init(
-        _ device: any BlockDevice, options: ExportOptions = ExportOptions(),
+        _ device: any BlockDevice, options: ExportOptions = ExportOptions(), log: RecordedLog? = nil,
         _ configure: (inout ServerLimits) -> Void = { _ in }
     ) throws {
-        try self.init([Export(name: "", device: device, options: options)], configure)
+        try self.init([Export(name: "", device: device, options: options)], log: log, configure)
     }
 
     /// A client that has not said anything.

@@ -10,10 +10,10 @@ public final class FixedExports: ExportDirectory {
     /// A directory of these exports.
     public init(_ all: [Export]) { self.all = all }
 
-    public func exports(for peer: Peer) -> [Export] { all.filter { $0.options.admits(peer) } }
+    public func exports(for client: Credentials) -> [Export] { all.filter { $0.admission(of: client) != .refused } }
 
-    public func export(named name: String, for peer: Peer) -> Export? {
+    public func export(named name: String, for client: Credentials) -> Export? {
         let found = all.first { $0.name == name } ?? (name.isEmpty ? all.first : nil)
-        return found.flatMap { $0.options.admits(peer) ? $0 : nil }
+        return found.flatMap { $0.admission(of: client) == .refused ? nil : $0 }
     }
 }

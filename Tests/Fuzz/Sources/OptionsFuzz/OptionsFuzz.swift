@@ -14,7 +14,8 @@ struct OptionsFuzz {
             let shape = choices.byte()
             let peer: Peer = shape & 2 != 0 ? .unix(pid: 1, uid: 1000, gid: 1000) : .inherited
             let cut = choices.number()
-            let stream = shape & 1 != 0 ? framed(&choices) : Array(choices.rest())
+            let names = ["a", "", "secret", "nobody"]
+            let stream = shape & 1 != 0 ? framedOptions(&choices, names: names) : Array(choices.rest())
             let whole = Conversation(exports, peer, stream, pieces: [stream.count])
             let start = min(cut, stream.count)
             require(
@@ -33,7 +34,7 @@ struct OptionsFuzz {
     private static func makeExports() throws -> [Export] {
         let stub = StubDevice(size: 1 << 40, isReadOnly: false, bitmaps: ["monday", "", "däily:1"])
         var guarded = ExportOptions()
-        guarded.allow = [.uid(1000)]
+        guarded.allow = [try AllowRule("uid=1000")]
         let long = String(repeating: "n", count: NBD.stringLengthMax)
         return try [
             Export(name: "a", description: "the first", device: stub),
@@ -41,28 +42,6 @@ struct OptionsFuzz {
             Export(name: "secret", description: "for one user", device: stub, options: guarded),
             Export(name: long, description: long, device: stub),
         ]
-    }
-
-    /// Options with a right magic number and length each, made from short records: kind, length, payload.
-    private static func framed(_ choices: inout Choices) -> [UInt8] {
-        var stream: [UInt8] = []
-        stream.appendBigEndian(UInt32(choices.byte()))
-        while !choices.isEmpty {
-            let kind = choices.byte()
-            var payload = Array(choices.take(Int(choices.byte()) | (kind & 0x40 != 0 ? 1 << 8 : 0)))
-            if kind & 0x80 != 0 {
-                // A name in front, with its length: most options begin with one.
-                let name = choices.pick(["a", "", "secret", "nobody"])
-                var named: [UInt8] = []
-                named.appendBigEndian(UInt32(name.utf8.count))
-                payload = named + Array(name.utf8) + payload
-            }
-            stream.appendBigEndian(NBD.optionMagic)
-            stream.appendBigEndian(UInt32(kind & 15))
-            stream.appendBigEndian(UInt32(payload.count))
-            stream += payload
-        }
-        return stream
     }
 
     /// Every reply is whole, answers an option that was sent, in order, and each option gets one final reply.
@@ -115,7 +94,7 @@ private struct Conversation: Equatable {
     var isTransmission: Bool { ending.hasPrefix("transmission") }
 
     init(_ exports: FixedExports, _ peer: Peer, _ stream: [UInt8], pieces: [Int]) {
-        var handshake = ServerHandshake(directory: exports, peer: peer)
+        var handshake = ServerHandshake(directory: exports, client: Credentials(peer: peer))
         var arrived = 0
         for piece in pieces {
             arrived = min(arrived + piece, stream.count)
@@ -138,6 +117,7 @@ private struct Conversation: Equatable {
             switch outcome {
             case .more: if consumed == 0 || rest.isEmpty { return false }
             case .close: ending = "close"
+            case .startTLS: require(false, "TLS begins where there is none")
             case .transmission(let session):
                 require(
                     session.contexts.allSatisfy { Int($0) < session.export.contexts.count }, "a context without a name")
