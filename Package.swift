@@ -29,6 +29,8 @@ let package = Package(
     ],
     targets: [
         .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
+        .systemLibrary(name: "CXXHash", pkgConfig: "libxxhash", providers: [.apt(["libxxhash-dev"])]),
+        .systemLibrary(name: "CSQLite", pkgConfig: "sqlite3", providers: [.apt(["libsqlite3-dev"])]),
         .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
         .target(name: "CLinux", cSettings: gnuSource, linkerSettings: [.linkedLibrary("uring")]),
         // Only OpenSSL's headers are needed to build; the library is loaded when TLS is used.
@@ -46,14 +48,26 @@ let package = Package(
             name: "Transports", dependencies: ["Block", "CLinux", "LinuxIO", "Formats", "NBD"], cSettings: gnuSource,
             swiftSettings: settings),
         .target(
-            name: "Gateway",
+            name: "Hypervisors",
             dependencies: [
                 "Block", "CLinux", "LinuxIO", "NBD", "Transports", .product(name: "Logging", package: "swift-log"),
+            ], cSettings: gnuSource, swiftSettings: settings),
+        .target(
+            name: "Backup",
+            dependencies: [
+                "Block", "CLinux", "CSQLite", "CXXHash", "CZstd", "LinuxIO", "Formats", "NBD", "Transports",
+                "Hypervisors", .product(name: "Logging", package: "swift-log"),
+            ], cSettings: gnuSource, swiftSettings: settings),
+        .target(
+            name: "Gateway",
+            dependencies: [
+                "Backup", "Block", "CLinux", "LinuxIO", "NBD", "Transports",
+                .product(name: "Logging", package: "swift-log"),
             ], cSettings: gnuSource, swiftSettings: settings),
         .executableTarget(
             name: "diskgate",
             dependencies: [
-                "Block", "Formats", "Gateway", "LinuxIO", "NBD", "Transports",
+                "Backup", "Block", "Formats", "Gateway", "Hypervisors", "LinuxIO", "NBD", "Transports",
                 .product(name: "Logging", package: "swift-log"),
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],

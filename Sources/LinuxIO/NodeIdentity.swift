@@ -53,19 +53,20 @@ func readText(_ path: String) -> String? {
     return String(text)
 }
 
-/// The content of a file of at most 64 KiB.
-public func readSmallFile(_ path: String) throws(BlockError) -> [UInt8] {
+/// The content of a small file.
+///
+/// - Parameter limit: the most bytes it may have.
+/// - Throws: `.tooLarge` when it has more, or `BlockError` of the system's reason.
+public func readSmallFile(_ path: String, limit: Int = 65536) throws(BlockError) -> [UInt8] {
     let file = try Descriptor.open(path, O_RDONLY)
-    var content = [UInt8](repeating: 0, count: 65536)
-    var count = 0
-    while count < content.count {
-        let got = content.withUnsafeMutableBytes {
-            read(file.number, $0.baseAddress?.advanced(by: count), $0.count - count)
-        }
+    var content: [UInt8] = []
+    var piece = [UInt8](repeating: 0, count: min(limit + 1, 65536))
+    while true {
+        let got = piece.withUnsafeMutableBytes { read(file.number, $0.baseAddress, $0.count) }
         if got < 0 && errno == EINTR { continue }
         if got < 0 { throw BlockError(errno: errno, "reading \(path)") }
-        if got == 0 { break }
-        count += got
+        if got == 0 { return content }
+        content += piece[..<got]
+        if content.count > limit { throw BlockError(.tooLarge, "reading \(path): it has more than \(limit) bytes") }
     }
-    return Array(content[..<count])
 }

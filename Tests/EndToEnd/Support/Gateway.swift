@@ -18,8 +18,10 @@ final class Gateway {
         let listen = arguments.contains("--listen") ? [] : ["--listen", "unix:\(folder.file("socket"))"]
         pid = try Tool.diskgate.start(
             ["serve"] + listen + arguments, output: errors, errors: errors, environment: environment)
+        // One line for each address, written one after the other.
+        let addressCount = max(1, arguments.count { $0 == "--listen" })
         for _ in 0..<10_000 {
-            if log.contains("serving ") { return }
+            if addresses.count >= addressCount { return }
             var state: Int32 = 0
             if waitpid(pid, &state, WNOHANG) == pid {
                 status = (state >> 8) & 0xFF

@@ -1,0 +1,28 @@
+// What the copier writes to: a file, a node, a stream, an NBD export, or a disk of a restore point.
+public import Block
+
+/// The receiving end of a copy: a disk of a fixed size that is filled range by range.
+///
+/// Every call may come from any thread, several at a time, for ranges that do not overlap; with `isSequential` they come
+/// one at a time, in order, and cover every byte from 0.
+public protocol CopyTarget: AnyObject, Sendable {
+    /// What the target is to people: a path or a URI.
+    var name: String { get }
+    /// Bytes on the target.
+    var size: UInt64 { get }
+    /// Ranges begin at multiples of it, and end at multiples or at the target's end. A power of two, in bytes.
+    var granularity: UInt64 { get }
+    /// The most bytes of one write, a multiple of `granularity`.
+    var writeMax: Int { get }
+    /// Whether ranges have to come in order, without gaps.
+    var isSequential: Bool { get }
+
+    /// Writes bytes. They are the target's when the call returns, not yet durable.
+    func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError)
+
+    /// Makes a range read as zeros, as a hole or zero cluster where the target has such.
+    func zero(_ range: Range<UInt64>) throws(BlockError)
+
+    /// Puts everything that returned before on stable storage.
+    func flush() throws(BlockError)
+}
