@@ -22,7 +22,7 @@ struct DiskgateCommand: ParsableCommand {
             """,
         version: "0.1.0",
         subcommands: [
-            ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
+            ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self, CopyCommand.self,
             TrustCommand.self, ExportsCommand.self, ClientsCommand.self,
         ])
 
@@ -79,12 +79,14 @@ struct SourceArguments: ParsableArguments {
     @OptionGroup var part: PartArguments
     @OptionGroup var trust: TrustArguments
 
-    func open() throws -> any BlockDevice {
+    func specification() throws -> DiskSpecification {
         var disk = DiskSpecification(try SourceReference(source))
         disk.fingerprints = try trust.fingerprints()
         part.apply(to: &disk)
-        return try disk.open()
+        return disk
     }
+
+    func open() throws -> any BlockDevice { try specification().open() }
 }
 
 /// Which part of a disk is meant.
