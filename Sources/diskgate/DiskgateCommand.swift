@@ -23,7 +23,9 @@ struct DiskgateCommand: ParsableCommand {
         version: "0.1.0",
         subcommands: [
             ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
-            TrustCommand.self, ExportsCommand.self, ClientsCommand.self,
+            TrustCommand.self, ExportsCommand.self, ClientsCommand.self, CreateRepositoryCommand.self,
+            PointsCommand.self, VerifyCommand.self, RestoreCommand.self, PruneCommand.self, PinCommand.self,
+            UnpinCommand.self,
         ])
 
     static func main() {
