@@ -42,7 +42,7 @@ struct BackupCommand: ParsableCommand {
     @Option(
         help: ArgumentHelp(
             "Freeze the guest's file systems for the moment of the snapshot: if-possible, required or never.",
-            valueName: "when"))
+            valueName: "when"), transform: quiescing)
     var quiesce = Quiescing.ifPossible
 
     @Option(help: ArgumentHelp("Thaw after this time, whatever happens: 1 to 600.", valueName: "seconds"))
@@ -113,7 +113,7 @@ struct BackupCommand: ParsableCommand {
         let run = BackupRun(request, cancellation: cancellation) { disk, progress in
             if disk != current { reporter.begin("disk \(disk)") }
             current = disk
-            reporter.report(progress)
+            reporter.update(progress)
         }
         var outcome = run.run()
         reporter.finish()
@@ -131,7 +131,11 @@ struct BackupCommand: ParsableCommand {
     }
 }
 
-extension Quiescing: ArgumentParser.ExpressibleByArgument {}
+/// When to freeze, as an argument.
+private func quiescing(_ text: String) throws -> Quiescing {
+    if let quiescing = Quiescing(rawValue: text) { return quiescing }
+    throw ValidationError("--quiesce \(text): give " + Quiescing.allCases.map(\.rawValue).joined(separator: ", "))
+}
 
 /// Which machine is meant.
 struct MachineArguments: ParsableArguments {
