@@ -21,7 +21,7 @@ final class QEMURelease {
     private func connected() throws(BlockError) -> QMPClient? {
         if let monitor, monitor.isUsable, (try? monitor.execute("query-status")) != nil { return monitor }
         // A monitor talks to one program at a time: the old connection has to go first.
-        monitor = nil
+        close()
         do throws(BlockError) {
             let new = try place.connect()
             monitor = new
@@ -30,6 +30,12 @@ final class QEMURelease {
             if place.isGone { return nil }
             throw error
         }
+    }
+
+    /// Lets go of the monitor.
+    func close() {
+        monitor?.close()
+        monitor = nil
     }
 
     /// Gives back what one obligation stands for.

@@ -71,6 +71,7 @@ final class QEMUSession: SnapshotSession {
                 try ledger.settle(obligation)
             } catch { failure = failure ?? error }
         }
+        release.close()
         if let failure { throw failure.during("ending the snapshot of \(place.name)") }
     }
 }
