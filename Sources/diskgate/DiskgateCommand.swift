@@ -27,6 +27,7 @@ struct DiskgateCommand: ParsableCommand {
             BackupCommand.self, ProtectCommand.self, UnprotectCommand.self, ResetTrackingCommand.self,
             DoctorCommand.self, CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self,
             RestoreCommand.self, PruneCommand.self, PinCommand.self, UnpinCommand.self,
+            FreezeGuardCommand.self,
         ])
 
     static func main() {
