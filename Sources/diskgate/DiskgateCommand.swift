@@ -23,7 +23,7 @@ struct DiskgateCommand: ParsableCommand {
         version: "0.1.0",
         subcommands: [
             ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
-            TrustCommand.self, ExportsCommand.self, ClientsCommand.self,
+            TrustCommand.self, ExportsCommand.self, ClientsCommand.self, SnapshotCommand.self, CheckpointsCommand.self,
         ])
 
     static func main() {
