@@ -167,7 +167,7 @@ public struct ServeService {
 
     private func startMetrics(_ server: Server) throws(BlockError) -> MetricsServer? {
         guard let address = request.metrics else { return nil }
-        let (registry, version) = (registry, request.version)
+        let (registry, snapshots, version) = (registry, snapshots, request.version)
         var time = timespec()
         clock_gettime(CLOCK_REALTIME, &time)
         let startTime = Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
@@ -175,6 +175,7 @@ public struct ServeService {
             var text = MetricsText()
             text.add(server, version: version, startTime: startTime)
             text.add(registry.all)
+            text.add(snapshots.snapshots(of: nil))
             text.add(server.clients)
             return text.text
         }
