@@ -93,6 +93,15 @@ let package = Package(
         .testTarget(
             name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
             swiftSettings: settings),
+        .testTarget(
+            name: "BackupTests",
+            dependencies: [
+                "Backup", "Block", "Formats", "Hypervisors", "LinuxIO", "NBD", "Support", "Transports",
+            ], cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "HypervisorsTests",
+            dependencies: ["Block", "LinuxIO", "Hypervisors", "NBD", "Support", "Transports"], cSettings: gnuSource,
+            swiftSettings: settings),
         .testTarget(name: "TidyTests", cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
             name: "EndToEnd", dependencies: ["CLinux"], cSettings: gnuSource, swiftSettings: settings),

@@ -23,7 +23,8 @@ struct DiskgateCommand: ParsableCommand {
         version: "0.1.0",
         subcommands: [
             ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
-            TrustCommand.self, ExportsCommand.self, ClientsCommand.self, SnapshotCommand.self, CheckpointsCommand.self,
+            CopyCommand.self, TrustCommand.self, ExportsCommand.self, ClientsCommand.self, SnapshotCommand.self,
+            CheckpointsCommand.self,
         ])
 
     static func main() {
@@ -79,12 +80,14 @@ struct SourceArguments: ParsableArguments {
     @OptionGroup var part: PartArguments
     @OptionGroup var trust: TrustArguments
 
-    func open() throws -> any BlockDevice {
+    func specification() throws -> DiskSpecification {
         var disk = DiskSpecification(try SourceReference(source))
         disk.fingerprints = try trust.fingerprints()
         part.apply(to: &disk)
-        return try disk.open()
+        return disk
     }
+
+    func open() throws -> any BlockDevice { try specification().open() }
 }
 
 /// Which part of a disk is meant.
