@@ -23,11 +23,11 @@ struct DiskgateCommand: ParsableCommand {
         version: "0.1.0",
         subcommands: [
             ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
-            CopyCommand.self, TrustCommand.self, ExportsCommand.self, ClientsCommand.self,
-            BackupCommand.self, ProtectCommand.self, UnprotectCommand.self, ResetTrackingCommand.self,
-            DoctorCommand.self, CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self,
-            RestoreCommand.self, PruneCommand.self, PinCommand.self, UnpinCommand.self,
-            FreezeGuardCommand.self,
+            CopyCommand.self, TrustCommand.self, ExportsCommand.self, ClientsCommand.self, BackupCommand.self,
+            ProtectCommand.self, UnprotectCommand.self, ResetTrackingCommand.self, DoctorCommand.self,
+            CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
+            PruneCommand.self, PinCommand.self, UnpinCommand.self, FreezeGuardCommand.self, SnapshotCommand.self,
+            CheckpointsCommand.self,
         ])
 
     static func main() {
