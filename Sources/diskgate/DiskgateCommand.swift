@@ -24,9 +24,10 @@ struct DiskgateCommand: ParsableCommand {
         version: "0.1.0",
         subcommands: [
             ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
-            TrustCommand.self, ExportsCommand.self, ClientsCommand.self, CreateRepositoryCommand.self,
-            PointsCommand.self, VerifyCommand.self, RestoreCommand.self, PruneCommand.self, PinCommand.self,
-            UnpinCommand.self,
+            CopyCommand.self,
+            CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
+            PruneCommand.self, PinCommand.self, UnpinCommand.self, TrustCommand.self, ExportsCommand.self,
+            ClientsCommand.self,
         ])
 
     static func main() {
@@ -83,12 +84,14 @@ struct SourceArguments: ParsableArguments {
     @OptionGroup var part: PartArguments
     @OptionGroup var trust: TrustArguments
 
-    func open() throws -> any BlockDevice {
+    func specification() throws -> DiskSpecification {
         var disk = DiskSpecification(try SourceReference(source))
         disk.fingerprints = try trust.fingerprints()
         part.apply(to: &disk)
-        return try disk.open()
+        return disk
     }
+
+    func open() throws -> any BlockDevice { try specification().open() }
 }
 
 /// Which part of a disk is meant.

@@ -82,7 +82,10 @@ import Testing
             let decisions = try model.repository.prune(model.machine, keeping: rule, holding: lock, isDryRun: true)
             let kept = decisions.filter { !$0.isRemoved }
             // Ends: 2025-12-30; the days before it; Sunday the 28th; the end of November.
-            #expect(kept.map { String($0.point.time.description.prefix(10)) } == ["2025-11-30", "2025-12-28", "2025-12-29", "2025-12-30"])
+            #expect(
+                kept.map { String($0.point.time.description.prefix(10)) } == [
+                    "2025-11-30", "2025-12-28", "2025-12-29", "2025-12-30",
+                ])
             #expect(kept.last?.reasons == ["daily", "weekly", "monthly", "yearly"])
             #expect(try model.repository.points(of: model.machine).count == 80)
         }

@@ -15,7 +15,8 @@ import Testing
             for _ in 0..<3 {
                 model.change(5)
                 // Something that every point holds of the first disk.
-                model.disks[0].bytes.replaceSubrange(70_000..<75_000, with: patternBytes(5000, seed: model.generator.next()))
+                model.disks[0].bytes.replaceSubrange(
+                    70_000..<75_000, with: patternBytes(5000, seed: model.generator.next()))
                 model.disks[0].changed.insert(1)
                 try model.makePoint { $0.documents = [.init(name: "domain.xml", content: Array("<domain/>".utf8))] }
             }
@@ -80,28 +81,50 @@ import Testing
 
     @Test func everyKindOfDamageIsFound() throws {
         let damages: [(String, (ModelMachine, [RestorePoint]) throws -> Void)] = [
-            ("checksum", { model, points in try replace(points[1].path, #""tool" : "test""#, with: #""tool" : "tost""#) }),
-            ("root", { model, points in
-                try replace(points[1].path, #""root" : "\#(points[1].manifest.root)""#, with: #""root" : "00""#)
-            }),
+            (
+                "checksum",
+                { model, points in try replace(points[1].path, #""tool" : "test""#, with: #""tool" : "tost""#) }
+            ),
+            (
+                "root",
+                { model, points in
+                    try replace(points[1].path, #""root" : "\#(points[1].manifest.root)""#, with: #""root" : "00""#)
+                }
+            ),
             ("No such file", { model, points in unlink(try model.data(points[0], "vda")) }),
             ("no manifest", { model, points in unlink(points[1].path) }),
-            ("SHA-256", { model, points in
-                try flip("\(model.data(points[1], "vda").dropLast(6))hashes", at: 9)
-            }),
-            ("SHA-256", { model, points in
-                try flip("\(model.repository.path)/vms/\(model.machine.directory)/documents/000002-1-domain.xml", at: 1)
-            }),
+            (
+                "SHA-256",
+                { model, points in
+                    try flip("\(model.data(points[1], "vda").dropLast(6))hashes", at: 9)
+                }
+            ),
+            (
+                "SHA-256",
+                { model, points in
+                    try flip(
+                        "\(model.repository.path)/vms/\(model.machine.directory)/documents/000002-1-domain.xml", at: 1)
+                }
+            ),
             ("no qcow2", { model, points in try flip(try model.data(points[2], "vda"), at: 0) }),
-            ("is backed by", { model, points in
-                try require(
-                    Tool.run("qemu-img", ["rebase", "-u", "-F", "qcow2", "-b", "000001.qcow2", model.data(points[2], "vda")])
+            (
+                "is backed by",
+                { model, points in
+                    try require(
+                        Tool.run(
+                            "qemu-img",
+                            ["rebase", "-u", "-F", "qcow2", "-b", "000001.qcow2", model.data(points[2], "vda")]
+                        )
                         .status == 0, "rebase")
-            }),
+                }
+            ),
             ("reading", { model, points in try writeDurably(points[1].path, Array("{}".utf8)) }),
-            ("another number", { model, points in
-                try renameDurably(points[2].path, to: points[2].path.replacing("/000003-", with: "/000007-"))
-            }),
+            (
+                "another number",
+                { model, points in
+                    try renameDurably(points[2].path, to: points[2].path.replacing("/000003-", with: "/000007-"))
+                }
+            ),
         ]
         for (word, damage) in damages {
             try withPoints { model in

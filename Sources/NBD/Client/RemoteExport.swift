@@ -7,7 +7,7 @@ import LinuxIO
 final class RemoteExport: ByteSource {
     let isPrompt = false
     let agreement: ClientAgreement
-    private let pool: ChannelPool
+    let pool: ChannelPool
     private let name: String
     private let block: UInt64
     private let pieceMax: UInt64
