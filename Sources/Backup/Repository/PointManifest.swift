@@ -70,6 +70,15 @@ public struct PointManifest: Codable, Sendable {
         public var bytesWritten: UInt64
         /// Bytes that were read again to find changes that had not been told.
         public var bytesVerified: UInt64
+        /// The share of the unchanged chunks that was looked at again, as places of the disk's rotation.
+        public var checkedFrom: UInt64?
+        public var checkedTo: UInt64?
+
+        /// The same as a range; nil where nothing was looked at.
+        var checked: Range<UInt64>? {
+            guard let checkedFrom, let checkedTo, checkedFrom <= checkedTo else { return nil }
+            return checkedFrom..<checkedTo
+        }
     }
 
     /// A document with the machine's configuration.

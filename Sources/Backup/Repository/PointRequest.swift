@@ -59,6 +59,8 @@ public struct PointFacts: Sendable {
         public var bytesRead: UInt64 = 0
         /// Bytes read again to find changes that had not been told.
         public var bytesVerified: UInt64 = 0
+        /// Which share of the unchanged chunks that was, as places of the disk's rotation.
+        public var checked: Range<UInt64>?
 
         /// Nothing known yet.
         public init() {}

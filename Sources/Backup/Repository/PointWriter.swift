@@ -124,7 +124,8 @@ public final class PointWriter: Sendable {
             hashes: .init(file: hashesName(sequence, merges: 0), bytes: sidecar.bytes, sha256: sidecar.digest),
             sealedHashes: sidecar.digest, source: facts.source, transport: facts.transport,
             checkpoint: facts.checkpoint, bytesRead: facts.bytesRead, bytesWritten: disk.target.bytesWritten,
-            bytesVerified: facts.bytesVerified)
+            bytesVerified: facts.bytesVerified, checkedFrom: facts.checked?.lowerBound,
+            checkedTo: facts.checked?.upperBound)
     }
 
     private func write(_ documents: [ConfigurationDocument]) throws(BlockError) -> [PointManifest.Document] {

@@ -65,6 +65,21 @@ public final class Repository: Sendable {
         return Repository(path: try resolved(path), description)
     }
 
+    /// Whether a directory is a repository, of whatever version.
+    public static func exists(at path: String) -> Bool { access("\(path)/\(RepositoryDescription.fileName)", F_OK) == 0 }
+
+    /// Opens a repository, which is made where there is none.
+    ///
+    /// - Throws: as `open` and `create`.
+    public static func openOrCreate(at path: String) throws(BlockError) -> Repository {
+        try exists(at: path) ? open(at: path) : create(at: path)
+    }
+
+    /// The repository's UUID, in lower case.
+    ///
+    /// - Throws: `BlockError` when its description cannot be read.
+    func identity() throws(BlockError) -> String { try RepositoryDescription.read(from: path).id }
+
     private static func resolved(_ path: String) throws(BlockError) -> String {
         guard let real = realpath(path, nil) else { throw BlockError(errno: errno, "opening the repository \(path)") }
         defer { free(real) }

@@ -59,9 +59,6 @@ int dg_set_close_on_exec(int fd);
 int dg_memfd(const char *name);
 // open(2) with a mode, which Swift sees as variadic.
 int dg_open(const char *path, int flags, unsigned mode);
-// Makes a range of `target` share its storage with one of `source` (FICLONERANGE); length 0 goes to the source's end.
-int dg_clone_range(int source, uint64_t from, uint64_t length, int target, uint64_t to);
-
 unsigned dg_device_major(uint64_t device);
 unsigned dg_device_minor(uint64_t device);
 
