@@ -24,7 +24,9 @@ struct HashChain: Sendable {
     }
 
     /// What one sidecar says of a chunk, the newest being 0.
-    func own(_ chunk: UInt64, at index: Int) throws(BlockError) -> ChunkHash { try layers[index].hashes.hash(of: chunk) }
+    func own(_ chunk: UInt64, at index: Int) throws(BlockError) -> ChunkHash {
+        try layers[index].hashes.hash(of: chunk)
+    }
 
     /// What the newest sidecar says of a chunk.
     func own(_ chunk: UInt64) throws(BlockError) -> ChunkHash { try layers[0].hashes.hash(of: chunk) }

@@ -44,6 +44,3 @@ final class ChunkHashes: Sendable {
         try save(try open(base).map.merging(try open(child).map) { $1 }, into)
     }
 }
-enum Qcow2Merge {
-    static func merge(child: String, into: String) throws(BlockError) { throw BlockError(.unsupported, "stub") }
-}

@@ -76,4 +76,13 @@ extension Repository {
             "opening \(point.description): it has \(disks.count) disks; name one of "
                 + disks.map(\.id).joined(separator: ", "))
     }
+
+    /// Lets `point:` sources be opened in this process. Called once, at its start.
+    public static func openPointSources() {
+        PointReference.open { (reference) throws(BlockError) in
+            let repository = try open(at: reference.repository)
+            let machine = try repository.machine(named: reference.machine)
+            return try repository.open(try repository.find(reference.point, of: machine), disk: reference.disk)
+        }
+    }
 }

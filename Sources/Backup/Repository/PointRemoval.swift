@@ -60,7 +60,7 @@ struct PointRemoval {
             // One after the other: when the data has its new name, the hashes are there.
             try mergeHashes(pair)
             Step.reached("prune.hashes-merged")
-            if repository.driver == .qcow2 { try Qcow2Merge.merge(child: pair.newData, into: pair.oldData) }
+            if repository.driver == .qcow2 { _ = try Qcow2Merge.merge(child: pair.newData, into: pair.oldData) }
             Step.reached("prune.data-merged")
         }
         // Whoever opens or verifies a chain now waits until names and manifest agree again.

@@ -22,12 +22,15 @@ final class PointTarget: CopyTarget {
     let granularity = ChunkHashes.chunkSize
     let writeMax = 1 << 20
     let isSequential = false
+    let readsAsZeros: Bool
     private let file: any PointFile
     private let hashes: ChunkHashWriter
     private let dataBytes = Atomic<UInt64>(0)
 
-    init(name: String, size: UInt64, file: any PointFile, hashes: ChunkHashWriter) {
+    /// - Parameter isIncremental: whether chunks that are not written read as they did at the point before.
+    init(name: String, size: UInt64, isIncremental: Bool, file: any PointFile, hashes: ChunkHashWriter) {
         self.name = name
+        readsAsZeros = !isIncremental
         self.size = size
         self.file = file
         self.hashes = hashes

@@ -63,7 +63,7 @@ public final class PointWriter: Sendable {
                 path: "\(data).partial", size: disk.size, base: base.map { "\(layout.disk(directory))/\($0.file)" })
         }
         let target = PointTarget(
-            name: "disk \(disk.id) of point \(sequence)", size: disk.size, file: file,
+            name: "disk \(disk.id) of point \(sequence)", size: disk.size, isIncremental: base != nil, file: file,
             hashes: try ChunkHashWriter(path: "\(hashes).partial", diskSize: disk.size))
         return Disk(
             id: disk.id, directory: directory, size: disk.size,

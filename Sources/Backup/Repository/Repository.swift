@@ -66,7 +66,9 @@ public final class Repository: Sendable {
     }
 
     /// Whether a directory is a repository, of whatever version.
-    public static func exists(at path: String) -> Bool { access("\(path)/\(RepositoryDescription.fileName)", F_OK) == 0 }
+    public static func exists(at path: String) -> Bool {
+        access("\(path)/\(RepositoryDescription.fileName)", F_OK) == 0
+    }
 
     /// Opens a repository, which is made where there is none.
     ///
