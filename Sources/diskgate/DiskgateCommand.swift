@@ -22,8 +22,8 @@ struct DiskgateCommand: ParsableCommand {
             """,
         version: "0.1.0",
         subcommands: [
-            ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self, CopyCommand.self,
-            TrustCommand.self, ExportsCommand.self, ClientsCommand.self,
+            ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
+            CopyCommand.self, TrustCommand.self, ExportsCommand.self, ClientsCommand.self,
         ])
 
     static func main() {
