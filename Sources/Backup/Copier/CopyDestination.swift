@@ -211,7 +211,7 @@ final class OpenDestination {
 
     private static func openExisting(_ path: String, size: UInt64, _ doing: String) throws(BlockError) -> OpenedFile {
         let file = try Descriptor.open(path, O_RDWR)
-        let lock = try lock(file, path, doing)
+        let lock = try lock(path, doing)
         let found = UInt64(clamping: try file.status().st_size)
         if found != size {
             throw BlockError(
@@ -220,8 +220,9 @@ final class OpenDestination {
         return (file, path, lock)
     }
 
-    private static func lock(_ file: Descriptor, _ path: String, _ doing: String) throws(BlockError) -> FileLock {
-        guard let lock = try FileLock.take(file, path: path) else {
+    /// Keeps others from the file, by a descriptor of its own: the lock goes with it, not with whoever still reads.
+    private static func lock(_ path: String, _ doing: String) throws(BlockError) -> FileLock {
+        guard let lock = try FileLock.take(path) else {
             throw BlockError(.denied, "\(doing): another copy is writing \(path)")
         }
         return lock
@@ -233,11 +234,11 @@ final class OpenDestination {
         }
         if exists(aside) {
             // Whoever is still writing it would find its file gone.
-            _ = try lock(try Descriptor.open(aside, O_RDWR), aside, doing)
+            _ = try lock(aside, doing)
             unlink(aside)
         }
         let file = try Descriptor.open(aside, O_RDWR | O_CREAT | O_EXCL)
-        let lock = try lock(file, aside, doing)
+        let lock = try lock(aside, doing)
         if ftruncate(file.number, length) < 0 {
             let number = errno
             unlink(aside)
