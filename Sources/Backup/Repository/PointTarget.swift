@@ -5,8 +5,8 @@ import Glibc
 import LinuxIO
 import Synchronization
 
-/// What a driver writes a disk of a point with. The file has its `.partial` name; ranges are whole chunks, or end at the
-/// disk's end; each chunk comes once.
+/// What a driver writes a disk of a point with. The file has its `.partial` name; ranges are whole chunks, or end
+/// at the disk's end; each chunk comes once.
 protocol PointFile: AnyObject, Sendable {
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError)
     func zero(_ range: Range<UInt64>) throws(BlockError)
