@@ -143,7 +143,7 @@ import Transports
         try SmallFileSystem.with { directory in
             let repository = try Repository.create(at: directory.file("repository"))
             var model = try ModelMachine(repository, disks: [ModelDisk("vda", size: 2_000_000)], seed: 41)
-            try model.disks[0].bytes.replaceSubrange(0..<100_000, with: patternBytes(100_000, seed: 1))
+            model.disks[0].bytes.replaceSubrange(0..<100_000, with: patternBytes(100_000, seed: 1))
             try model.makePoint()
             model.disks[0].bytes = patternBytes(2_000_000, seed: 2)
             model.disks[0].changed = Set(0..<31)
