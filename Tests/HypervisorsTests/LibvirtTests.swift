@@ -129,7 +129,7 @@ struct LibvirtTests {
     /// A powered-off machine is read from its image, changes since the checkpoint included.
     private func offline(_ domain: Domain, _ provider: any Provider, _ ledger: RunLedger, _ copy: String) throws {
         try domain.io("write -q -P 0x55 5M 64k")
-        try domain.lab(["virsh", "--", "qemu-monitor-command", "lab", "--hmp", "quit"])
+        try domain.lab(["virsh", "--", "destroy", "lab", "--graceful"])
         let deadline = monotonicSeconds() + 30
         while try provider.inspect().isRunning {
             try require(monotonicSeconds() < deadline, "the domain does not end")

@@ -101,7 +101,9 @@ final class QEMUProcess {
 
     /// Names of the bitmaps on a disk.
     func bitmaps(_ disk: String) throws -> [String] {
-        try own { try $0.disks() }.first { $0.id == disk }?.bitmaps.map(\.name).sorted() ?? []
+        let nodes = try own { try $0.execute("query-named-block-nodes", ["flat": true]) }.elements
+        let node = nodes.first { $0["node-name"]?.string == "node-\(disk)" }
+        return node?["dirty-bitmaps"]?.elements.compactMap { $0["name"]?.string }.sorted() ?? []
     }
 
     /// What lies in its block layer besides the disks: jobs, exports, scratch nodes; and directories beside it.
