@@ -103,7 +103,8 @@ private final class Stranger: Sendable {
     }
 
     @Test(arguments: [
-        "", "<", "<a", "<a>", "<a></b>", "<a/><b/>", "<a b/>", "<a b=c/>", "<a>&x;</a>", "<a>&#xD800;</a>", "<a>&lt</a>",
+        "", "<", "<a", "<a>", "<a></b>", "<a/><b/>", "<a b/>", "<a b=c/>", "<a>&x;</a>", "<a>&#xD800;</a>",
+        "<a>&lt</a>",
         "<!DOCTYPE a [<!ENTITY x 'y'>]><a>&x;</a>", String(repeating: "<a>", count: 100_000), "<a><!-- </a>",
     ])
     func brokenXMLIsAnError(text: String) {
@@ -111,10 +112,32 @@ private final class Stranger: Sendable {
     }
 
     @Test func XMLIsReadAsItIsWritten() throws {
-        let text = "<?xml version='1.0'?><!-- x --><a b='1 &amp; \"2\"' c=\"&#65;\"> <d>&lt;x&gt;</d><!-- y --><d e=''/>z</a>"
+        let text =
+            "<?xml version='1.0'?><!-- x --><a b='1 &amp; \"2\"' c=\"&#65;\"> <d>&lt;x&gt;</d><!-- y --><d e=''/>z</a>"
         let root = try XMLElement(parsing: text)
         #expect(root.name == "a" && root.attributes == ["b": "1 & \"2\"", "c": "A"])
         #expect(root.all("d").map(\.text) == ["<x>", ""] && root["d"]?.attributes.isEmpty == true)
         #expect(XMLElement.escaped("<'&\">") == "&lt;&apos;&amp;&quot;&gt;")
+    }
+
+    @Test(arguments: [
+        "", " ", "{", "[", "[1,]", "{\"a\"}", "{\"a\":}", "{a:1}", "\"", "\"\\", "\"\\x\"", "\"\\u12\"", "\"\\ud800\"",
+        "tru", "nul", "+1",
+        ".5", "1 2", "--1", "1e", "[1}", "{\"a\":1]", "\"\u{1}\"", "NaN",
+    ])
+    func brokenJSONIsNone(text: String) {
+        #expect(JSONValue(parsing: text.utf8) == nil)
+    }
+
+    @Test func JSONIsReadAsItIsWritten() throws {
+        let value: JSONValue = [
+            "a": [1, -2, "x\n\"\\\u{1F600}é/", true, false], "b": .null, "c": .number(1.5), "d": [:], "e": [],
+            "f": .integer(.max),
+        ]
+        #expect(JSONValue(parsing: value.encoded) == value)
+        #expect(JSONValue(parsing: value.pretty) == value)
+        #expect(JSONValue(parsing: #" "\u00e9\ud83d\ude00\/\b\f\r\t" "#.utf8) == .text("é\u{1F600}/\u{8}\u{C}\r\t"))
+        #expect(JSONValue(parsing: "18446744073709551615".utf8) == .number(18_446_744_073_709_551_616))
+        #expect(JSONValue(parsing: [0x22, 0xFF, 0x22]) == nil)
     }
 }

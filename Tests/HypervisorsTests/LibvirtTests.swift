@@ -160,7 +160,9 @@ struct LibvirtTests {
             let obligations = ledger?.obligations ?? []
             #expect(obligations.map(\.kind) == ["libvirt.directory", "libvirt.checkpoint", "libvirt.backup"])
             ledger = nil
-            for _ in 0..<2 { for obligation in obligations.reversed() { try provider.settle(obligation, adopted: false) } }
+            for _ in 0..<2 {
+                for obligation in obligations.reversed() { try provider.settle(obligation, adopted: false) }
+            }
             #expect(try domain.leftovers().isEmpty)
             #expect(try domain.checkpoints().isEmpty)
             // A foreign checkpoint stays, whatever is done to ours; a missing one means a full.

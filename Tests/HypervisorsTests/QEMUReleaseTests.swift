@@ -106,7 +106,8 @@ struct QEMUReleaseTests {
                 }
             }
             try provider.begin(request(["vda"], checkpoint: "r-1"), ledger: begin(process)).finish(adopting: true)
-            let session = try provider.begin(request(["vda"], since: "theirs", checkpoint: "r-2"), ledger: begin(process))
+            let session = try provider.begin(
+                request(["vda"], since: "theirs", checkpoint: "r-2"), ledger: begin(process))
             #expect(session.disks[0].downgrade != nil && session.disks[0].changedContext == nil)
             try session.finish(adopting: true)
             // Another repository's checkpoint is of another series.
@@ -132,7 +133,9 @@ struct QEMUReleaseTests {
             let provider = try Hypervisors.open(process.uri)
             let ledger = try begin(process)
             for disks in [["vdz"], ["ide0-cd0"], [], ["vda", "vdz"]] {
-                #expect(throws: BlockError.self) { try provider.begin(request(disks, checkpoint: "r-1"), ledger: ledger) }
+                #expect(throws: BlockError.self) {
+                    try provider.begin(request(disks, checkpoint: "r-1"), ledger: ledger)
+                }
             }
             #expect(ledger.obligations.isEmpty)
             #expect(try process.leftovers().isEmpty)

@@ -78,7 +78,8 @@ final class QEMUProvider: Provider {
             for bitmap in disk.bitmaps where OwnName.isOwn(bitmap.name) {
                 if bitmap.isBusy {
                     throw BlockError(
-                        .denied, "removing the bitmap \(bitmap.name) of \(disk.id): a backup of this machine is going on")
+                        .denied,
+                        "removing the bitmap \(bitmap.name) of \(disk.id): a backup of this machine is going on")
                 }
                 try monitor.removeBitmap(bitmap.name, of: disk.node)
                 done.append("\(disk.id): removed the bitmap \(bitmap.name)")

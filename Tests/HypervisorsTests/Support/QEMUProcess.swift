@@ -30,7 +30,10 @@ final class QEMUProcess {
     private var ownMonitor: String { directory.file("own.sock") }
 
     /// Makes images of a pattern and starts a QEMU with them.
-    init(_ directory: TemporaryDirectory, disks: [(id: String, format: String)], size: String = "16M", _ more: [String] = [])
+    init(
+        _ directory: TemporaryDirectory, disks: [(id: String, format: String)], size: String = "16M",
+        _ more: [String] = []
+    )
         throws
     {
         self.directory = directory
