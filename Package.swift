@@ -94,6 +94,11 @@ let package = Package(
             name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
             swiftSettings: settings),
         .testTarget(
+            name: "BackupTests",
+            dependencies: [
+                "Backup", "Block", "Formats", "Hypervisors", "LinuxIO", "NBD", "Support", "Transports",
+            ], cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
             name: "HypervisorsTests",
             dependencies: ["Block", "CLinux", "LinuxIO", "Hypervisors", "NBD", "Support", "Transports"],
             cSettings: gnuSource,

@@ -116,6 +116,11 @@ int dg_block_zero_out(int fd, uint64_t offset, uint64_t length) {
     return checked(ioctl(fd, BLKZEROOUT, range));
 }
 
+int dg_clone_range(int source, uint64_t from, uint64_t length, int target, uint64_t to) {
+    struct file_clone_range range = {.src_fd = source, .src_offset = from, .src_length = length, .dest_offset = to};
+    return checked(ioctl(target, FICLONERANGE, &range));
+}
+
 int dg_block_disk_sequence(int fd, uint64_t *sequence) { return checked(ioctl(fd, BLKGETDISKSEQ, sequence)); }
 
 int dg_open_beneath(int directory, const char *path, int flags) {

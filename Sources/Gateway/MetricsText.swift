@@ -66,6 +66,18 @@ struct MetricsText {
         sample("diskgate_request_memory_limit_bytes", [], memory.max)
     }
 
+    // MARK: - Snapshots
+
+    /// What snapshots have copied, and whether they can still be read.
+    mutating func add(_ snapshots: [SnapshotStatus]) {
+        family("diskgate_snapshot_copied_bytes", "gauge", "Bytes that were copied to scratch space for a snapshot.")
+        for one in snapshots { sample("diskgate_snapshot_copied_bytes", [("export", one.export)], one.copiedBytes) }
+        family("diskgate_snapshot_broken", "gauge", "1 when a snapshot lacks something and can be read no more.")
+        for one in snapshots {
+            sample("diskgate_snapshot_broken", [("export", one.export)], one.failure == nil ? 0 : 1)
+        }
+    }
+
     // MARK: - Exports
 
     /// What was done on each export.
@@ -90,20 +102,18 @@ struct MetricsText {
             family(name, "counter", "Bytes of the disk that requests have \(verb) without an error.")
             for one in all { sample(name, [one.label], one.sums[operation].bytes) }
         }
-        family("diskgate_export_operations_total", "counter", "Requests answered, errors among them.")
-        for one in all {
-            for operation in Operation.allCases {
-                sample(
-                    "diskgate_export_operations_total", [one.label, ("operation", operation.name)],
-                    one.sums[operation].count)
-            }
-        }
-        family("diskgate_export_errors_total", "counter", "Requests answered with an error.")
-        for one in all {
-            for operation in Operation.allCases {
-                sample(
-                    "diskgate_export_errors_total", [one.label, ("operation", operation.name)],
-                    one.sums[operation].errors)
+        let counts: [(String, String, KeyPath<OperationFigures, UInt64>)] = [
+            ("operations", "Requests answered, errors among them.", \.count),
+            ("errors", "Requests answered with an error.", \.errors),
+        ]
+        for (word, help, count) in counts {
+            family("diskgate_export_\(word)_total", "counter", help)
+            for one in all {
+                for operation in Operation.allCases {
+                    sample(
+                        "diskgate_export_\(word)_total", [one.label, ("operation", operation.name)],
+                        one.sums[operation][keyPath: count])
+                }
             }
         }
         let name = "diskgate_request_duration_seconds"

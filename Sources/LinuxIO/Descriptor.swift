@@ -43,7 +43,7 @@ public final class Descriptor: Sendable {
 ///
 /// - Parameter flags: pwritev2 flags, for example RWF_DSYNC.
 /// - Throws: `BlockError` of the system's reason; part of the bytes may then be written.
-func writeFully(_ descriptor: Int32, _ bytes: UnsafeRawBufferPointer, at offset: UInt64, flags: Int32)
+public func writeFully(_ descriptor: Int32, _ bytes: UnsafeRawBufferPointer, at offset: UInt64, flags: Int32)
     throws(BlockError)
 {
     var done = 0

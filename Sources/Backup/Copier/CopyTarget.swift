@@ -16,6 +16,8 @@ public protocol CopyTarget: AnyObject, Sendable {
     var writeMax: Int { get }
     /// Whether ranges have to come in order, without gaps.
     var isSequential: Bool { get }
+    /// Whether everything that was never written reads as zeros, so that a full copy has nothing to do for zeros.
+    var readsAsZeros: Bool { get }
 
     /// Writes bytes. They are the target's when the call returns, not yet durable.
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError)
@@ -25,4 +27,18 @@ public protocol CopyTarget: AnyObject, Sendable {
 
     /// Puts everything that returned before on stable storage.
     func flush() throws(BlockError)
+
+    /// Lets a range share its blocks with a range of the same length in an open file.
+    ///
+    /// - Returns: false, and nothing changed, where that cannot be: the bytes have to be written then.
+    func clone(_ file: FileRef, from offset: UInt64, to range: Range<UInt64>) -> Bool
+
+    /// Starts to put what was written on stable storage, without waiting, so that the flush at the end is short.
+    func startFlushing()
+}
+
+extension CopyTarget {
+    public var readsAsZeros: Bool { false }
+    public func clone(_ file: FileRef, from offset: UInt64, to range: Range<UInt64>) -> Bool { false }
+    public func startFlushing() {}
 }

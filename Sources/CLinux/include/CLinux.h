@@ -42,6 +42,8 @@ void dg_block_unguard(int fd);
 int dg_block_discard(int fd, uint64_t offset, uint64_t length);
 int dg_block_zero_out(int fd, uint64_t offset, uint64_t length);
 int dg_block_disk_sequence(int fd, uint64_t *sequence);
+// Lets a range of a file share its blocks with another file (FICLONERANGE); a negative errno where that cannot be.
+int dg_clone_range(int source, uint64_t from, uint64_t length, int target, uint64_t to);
 
 // ---- files ----
 
@@ -57,7 +59,6 @@ int dg_set_close_on_exec(int fd);
 int dg_memfd(const char *name);
 // open(2) with a mode, which Swift sees as variadic.
 int dg_open(const char *path, int flags, unsigned mode);
-
 unsigned dg_device_major(uint64_t device);
 unsigned dg_device_minor(uint64_t device);
 

@@ -1,5 +1,6 @@
 // libvirt through virsh: a process of its own can be ended when it hangs, and no library is loaded into everything.
 import Block
+import LinuxIO
 
 /// A connection URI of libvirt, and the program that speaks to it.
 struct Virsh: Sendable {

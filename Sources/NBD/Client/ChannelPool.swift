@@ -346,6 +346,15 @@ final class ChannelPool: @unchecked Sendable {
         }
     }
 
+    /// Makes a connection that is not the pool's, and what makes more of them.
+    ///
+    /// - Throws: `BlockError`: no connection within so many seconds, or it leads to another disk.
+    func connectApart(seconds: Int) throws(BlockError) -> (ClientConnector, ClientChannel) {
+        var isFinal = false
+        let channel = try Self.connect(connector, agreement, seconds: seconds, isFinal: &isFinal)
+        return (connector.single(), channel)
+    }
+
     /// Makes a connection, which must lead to the same disk.
     ///
     /// - Parameter isFinal: set when it leads elsewhere, so that no further one is to be tried.

@@ -9,7 +9,7 @@ public struct ClientConnector: Sendable {
     public static let secondsMax = 30
 
     /// Where to connect to.
-    public let uri: NBDURI
+    public private(set) var uri: NBDURI
     private var context: TLSClientContext?
 
     /// A connector for a URI.
@@ -26,6 +26,13 @@ public struct ClientConnector: Sendable {
         guard let context, let shown = first.link.tlsIdentity?.certificate else { return self }
         var connector = self
         connector.context = context.pinned(to: shown)
+        return connector
+    }
+
+    /// The same connector, for one connection only.
+    func single() -> ClientConnector {
+        var connector = self
+        connector.uri.connectionsMax = 1
         return connector
     }
 

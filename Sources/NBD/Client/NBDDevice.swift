@@ -135,4 +135,26 @@ public final class NBDDevice: BlockDevice {
     }
 
     public func prefetch(_ range: Range<UInt64>) { remote.prefetch(range) }
+
+    // MARK: - For one who keeps many requests in flight
+
+    /// What was agreed on with the server.
+    public var agreement: ClientAgreement { remote.agreement }
+
+    /// Runs a body, which changes nothing, on a connection; once more on another one when that breaks under it. What
+    /// goes on for long catches the breaking itself and returns, so that the next call begins with new patience.
+    ///
+    /// - Throws: what the server answered, or why no connection can be had.
+    public func withChannel<R>(_ body: (ClientChannel) throws(ChannelError) -> R) throws(BlockError) -> R {
+        try remote.pool.run(body)
+    }
+
+    /// The same disk over one more connection, which is its own and never shared with others.
+    ///
+    /// - Parameter seconds: how long to wait for the connection.
+    /// - Throws: `BlockError`: no connection within that time, or it leads to another disk.
+    public func another(seconds: Int) throws(BlockError) -> NBDDevice {
+        let (connector, channel) = try remote.pool.connectApart(seconds: seconds)
+        return try NBDDevice(connector, first: channel, isWritable: !info.isReadOnly)
+    }
 }

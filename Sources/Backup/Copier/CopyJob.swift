@@ -1,0 +1,163 @@
+// A whole copy from the user's words to a complete destination: opened, copied, verified, given its name.
+public import Block
+import Glibc
+import LinuxIO
+public import Transports
+
+/// What a user wants copied.
+public struct CopyRequest: Sendable {
+    /// The disk to copy.
+    public var source: DiskSpecification
+    /// Where to.
+    public var destination: CopyDestination
+    /// The dirty bitmap that tells what to copy; nil for everything.
+    public var changed: String?
+    /// What is written, and whether compressed (qcow2 only).
+    public var format = CopyFormat.raw
+    public var compresses = false
+    /// Whether everything copied is read again and compared.
+    public var verifies = false
+    /// Whether an interrupted copy goes on.
+    public var resumes = false
+    /// Whether what is at the destination may be lost.
+    public var forces = false
+    /// Where the journal is kept; nil for beside the destination, where that is a file.
+    public var journal: String?
+    /// How to copy.
+    public var options = CopyOptions()
+
+    /// A whole copy.
+    public init(_ source: DiskSpecification, to destination: CopyDestination) {
+        self.source = source
+        self.destination = destination
+    }
+}
+
+/// What a copy did, for people and programs.
+public struct CopyReport: Sendable, Encodable {
+    public var source: String
+    public var destination: String
+    /// "full", or the dirty bitmap's context.
+    public var scope: String
+    public var size: UInt64
+    public var bytesRead: UInt64
+    public var bytesWritten: UInt64
+    public var bytesZeroed: UInt64
+    /// Zeros that were there already.
+    public var bytesSkipped: UInt64
+    /// Bytes that share their blocks with the source.
+    public var bytesCloned: UInt64
+    /// Bytes that an earlier copy had done.
+    public var bytesResumed: UInt64
+    /// Bytes compared; nil where nothing was.
+    public var bytesVerified: UInt64?
+    public var retries: Int
+    public var workers: Int
+    public var seconds: Double
+}
+
+/// Runs a copy.
+public enum CopyJob {
+    /// Opens everything, copies, verifies, and completes the destination.
+    ///
+    /// - Throws: `BlockError`. The destination is then as it was, or recognisable as incomplete, and the message says
+    ///   how to go on.
+    public static func run(
+        _ request: CopyRequest, reporter: ProgressReporter, cancellation: Cancellation = Cancellation()
+    ) throws(BlockError) -> CopyReport {
+        if request.destination == .stream && (request.verifies || request.changed != nil) {
+            throw BlockError(
+                .invalid, "copying to standard output: --verify and --changed need a destination that can be read")
+        }
+        let source = try CopySource.open(request.source, reconnects: request.options.retries > 0)
+        let device = source.device
+        let scope = request.changed ?? "everything"
+        // Before anything is made.
+        if let changed = request.changed { _ = try source.changedContext(changed) }
+        let rules = DestinationRules(
+            isChange: request.changed != nil, resumes: request.resumes, forces: request.forces,
+            journal: request.journal, format: request.format, compresses: request.compresses)
+        let destination = try OpenDestination(
+            request.destination, size: device.info.size, source: source.identity, scope: scope, rules)
+        defer { reporter.finish() }
+        do throws(BlockError) {
+            if request.resumes && request.changed == nil { try checkSamples(of: destination, against: device) }
+            var options = request.options
+            options.finished = destination.finished
+            let copier = try Copier(
+                source: source, changed: request.changed, target: destination.target, options: options,
+                cancellation: cancellation)
+            let result = try copier.run(
+                progress: { reporter.update($0) },
+                checkpoint: { (end) throws(BlockError) in try destination.journal?.note(settledEnd: end) })
+            try destination.seal()
+            let compared = try request.verifies ? verify(request, source, destination, reporter, cancellation) : nil
+            try destination.complete()
+            return CopyReport(
+                source: request.source.source.description, destination: destination.name,
+                scope: request.changed ?? "full", size: device.info.size, bytesRead: result.readBytes,
+                bytesWritten: result.writtenBytes, bytesZeroed: result.zeroedBytes, bytesSkipped: result.skippedBytes,
+                bytesCloned: result.clonedBytes, bytesResumed: result.resumedBytes, bytesVerified: compared,
+                retries: result.retries, workers: result.workers, seconds: result.seconds)
+        } catch {
+            destination.abandon()
+            guard let advice = destination.advice else { throw error }
+            throw BlockError(error.kind, "\(error.message); \(advice)")
+        }
+    }
+
+    /// Reads source and copy again and compares them.
+    ///
+    /// - Returns: bytes compared.
+    private static func verify(
+        _ request: CopyRequest, _ source: CopySource, _ destination: OpenDestination, _ reporter: ProgressReporter,
+        _ cancellation: Cancellation
+    ) throws(BlockError) -> UInt64 {
+        guard let copy = destination.device else { return 0 }
+        reporter.begin("verify")
+        (destination.target as? DeviceTarget)?.dropCache()
+        let target = VerifyTarget(copy)
+        var options = request.options
+        options.detectsZeros = false
+        options.observer = nil
+        let copier = try Copier(
+            source: source, changed: request.changed, target: target, options: options, cancellation: cancellation)
+        _ = try copier.run(progress: { reporter.update($0) })
+        let result = target.result
+        guard let first = result.firstDifference else { return result.bytes }
+        throw BlockError(
+            .corrupt,
+            "verifying \(copy.info.name): it differs from \(source.device.info.name) in \(result.differences) pieces of "
+                + "64 KiB, first at offset \(first); the source may be changing, or the storage of one of them is "
+                + "defective")
+    }
+
+    /// Compares some pieces of what an earlier copy has done: another snapshot under the same name shows there.
+    private static func checkSamples(of destination: OpenDestination, against source: any BlockDevice)
+        throws(BlockError)
+    {
+        guard let copy = destination.device, let done = destination.finished.ranges.first else { return }
+        let piece: UInt64 = 65536
+        let count: UInt64 = 16
+        let left = Buffer(count: Int(piece))
+        let right = Buffer(count: Int(piece))
+        for index in 0..<count {
+            // The last ones, and some all over it.
+            let last = done.upperBound - min(done.upperBound, piece)
+            let start = index == 0 ? last : last / count * index / piece * piece
+            let length = Int(min(piece, done.upperBound - start))
+            if length == 0 { return }
+            let one = UnsafeMutableRawBufferPointer(rebasing: left.bytes[..<length])
+            let other = UnsafeMutableRawBufferPointer(rebasing: right.bytes[..<length])
+            try copy.read(into: one, at: start)
+            try source.read(into: other, at: start)
+            guard let a = one.baseAddress, let b = other.baseAddress, memcmp(a, b, length) == 0 else {
+                throw BlockError(
+                    .denied,
+                    "resuming the copy to \(copy.info.name): what was copied at \(start) is not what "
+                        + "\(source.info.name) has there now: it is another snapshot, or it is being changed; use "
+                        + "--force to begin anew")
+            }
+        }
+    }
+}

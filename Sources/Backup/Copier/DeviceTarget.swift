@@ -1,0 +1,134 @@
+// Targets of a copy that are disks themselves: files, block nodes and NBD exports, and a stream.
+public import Block
+import CLinux
+import Glibc
+import LinuxIO
+import Synchronization
+
+/// A writable disk as a copy's target.
+public final class DeviceTarget: CopyTarget {
+    public let name: String
+    public let size: UInt64
+    public let granularity: UInt64
+    public let writeMax = 1 << 20
+    public let isSequential = false
+    public let readsAsZeros: Bool
+    /// The disk.
+    public let device: any BlockDevice
+    private let isFile: Bool
+    private let canClone: Atomic<Bool>
+
+    /// A target over a disk that is open for writing.
+    ///
+    /// - Parameter readsAsZeros: whether the disk is new, so that all of it reads as zeros.
+    public init(_ device: any BlockDevice, readsAsZeros: Bool = false) {
+        self.device = device
+        self.readsAsZeros = readsAsZeros
+        name = device.info.name
+        size = device.info.size
+        // Holes of less than a page are none.
+        granularity = UInt64(max(device.info.minimumBlock, 4096))
+        isFile = device is RawFileDevice
+        canClone = Atomic(isFile)
+    }
+
+    public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError) {
+        try device.write(bytes, at: offset, durable: false)
+    }
+
+    public func zero(_ range: Range<UInt64>) throws(BlockError) { try device.zero(range, .mayPunch) }
+
+    public func flush() throws(BlockError) { try device.flush() }
+
+    /// The open file of a range, where the disk is a file.
+    private func file(of range: Range<UInt64>) -> (FileRef, offset: UInt64)? {
+        guard isFile else { return nil }
+        var extents = ExtentList(capacity: 1)
+        let end = try? device.map(range, .blocking, into: &extents)
+        guard end == range.upperBound, case .file(let file, let offset) = extents[0].place else { return nil }
+        return (file, offset)
+    }
+
+    public func clone(_ file: FileRef, from offset: UInt64, to range: Range<UInt64>) -> Bool {
+        if !canClone.load(ordering: .relaxed) || file.traits.contains(.blockNode) { return false }
+        guard let (own, to) = self.file(of: range) else { return false }
+        let result = dg_clone_range(file.descriptor, offset, range.count64, own.descriptor, to)
+        // What is refused for its alignment says nothing about the rest.
+        if result < 0 && result != -EINVAL { canClone.store(false, ordering: .relaxed) }
+        return result == 0
+    }
+
+    public func startFlushing() {
+        guard size > 0, let (own, _) = file(of: 0..<size), !own.traits.contains(.direct) else { return }
+        _ = sync_file_range(own.descriptor, 0, 0, UInt32(SYNC_FILE_RANGE_WRITE))
+    }
+
+    /// Lets the system forget what it keeps of the file, which is durable, so that reading it again tells what the
+    /// storage has.
+    func dropCache() {
+        guard size > 0, let (own, _) = file(of: 0..<size) else { return }
+        posix_fadvise(own.descriptor, 0, 0, POSIX_FADV_DONTNEED)
+    }
+}
+
+/// A descriptor that takes bytes one after the other, as a pipe does.
+public final class StreamTarget: CopyTarget {
+    public let name: String
+    public let size: UInt64
+    public let granularity: UInt64 = 1
+    public let writeMax = 1 << 20
+    public let isSequential = true
+    private let descriptor: Int32
+    private let position = Locked<UInt64>(0)
+
+    /// A target over an open descriptor, which stays the caller's.
+    ///
+    /// - Parameter size: the bytes that will be written.
+    public init(_ descriptor: Int32, name: String, size: UInt64) {
+        self.descriptor = descriptor
+        self.name = name
+        self.size = size
+    }
+
+    public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError) {
+        try position.withLock { (position) throws(BlockError) in
+            guard position == offset else {
+                throw BlockError(
+                    .invalid, "writing to \(name): bytes at \(offset) cannot follow those up to \(position)")
+            }
+            try put(bytes)
+            position += UInt64(bytes.count)
+        }
+    }
+
+    public func zero(_ range: Range<UInt64>) throws(BlockError) {
+        var start = range.lowerBound
+        while start < range.upperBound {
+            let count = Int(min(UInt64(ZeroPage.count), range.upperBound - start))
+            try write(UnsafeRawBufferPointer(rebasing: ZeroPage.bytes[..<count]), at: start)
+            start += UInt64(count)
+        }
+    }
+
+    private func put(_ bytes: UnsafeRawBufferPointer) throws(BlockError) {
+        var done = 0
+        while done < bytes.count {
+            let written = Glibc.write(descriptor, bytes.baseAddress?.advanced(by: done), bytes.count - done)
+            if written > 0 {
+                done += written
+            } else if errno == EAGAIN {
+                var poll = pollfd(fd: descriptor, events: Int16(POLLOUT), revents: 0)
+                _ = Glibc.poll(&poll, 1, 1000)
+            } else if errno != EINTR {
+                throw BlockError(errno: errno, "writing to \(name)")
+            }
+        }
+    }
+
+    /// A pipe keeps nothing that could be flushed; a file behind the descriptor does.
+    public func flush() throws(BlockError) {
+        if fdatasync(descriptor) < 0, ![EINVAL, EROFS, ENOTSUP].contains(errno) {
+            throw BlockError(errno: errno, "flushing \(name)")
+        }
+    }
+}
