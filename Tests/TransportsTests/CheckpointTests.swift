@@ -169,7 +169,8 @@ private func chunks(_ snapshot: CheckpointSnapshot, since name: String) throws -
             for name in ["one", "two", "three"] { _ = try bench.snapshot(try #require(disk), name) }
             try disk?.close()
             disk = nil
-            let folder = "\(bench.checkpoints)/\(try #require(namesInDirectory(bench.checkpoints).first { !$0.hasSuffix(".lock") }))"
+            let folder =
+                "\(bench.checkpoints)/\(try #require(namesInDirectory(bench.checkpoints).first { !$0.hasSuffix(".lock") }))"
             try bench.copyState(to: "good")
             let damage: [(String, String)] = [
                 ("one", "printf x | dd of=$F bs=1 seek=8200 conv=notrunc"),
