@@ -14,6 +14,7 @@ public enum Hypervisors {
     ///
     /// - Throws: `.invalid` for a malformed URI, `.unsupported` for hypervisors of later versions.
     public static func open(_ text: String) throws(BlockError) -> any Provider {
+        if text.hasPrefix("libvirt:") { return LibvirtProvider(try LibvirtPlace(text)) }
         let uri = try MachineURI(text)
         switch uri.scheme {
         case "qmp+unix", "qmp+tcp": return QEMUProvider(try QEMUPlace(uri))

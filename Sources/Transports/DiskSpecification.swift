@@ -128,6 +128,15 @@ extension SourceReference {
                 throw BlockError(.invalid, "opening \(self): give seed=NUMBER and allocated=PERCENT%")
             }
             return try PatternDevice(size: size, seed: seed, allocatedShare: percent / 100)
+        case .point(let point):
+            try allow(["repository", "vm", "disk"])
+            if writable {
+                throw BlockError(
+                    .readOnly,
+                    "opening \(self) for writing: a restore point never changes (an overlay keeps what is written in "
+                        + "scratch space)")
+            }
+            return try point.open()
         case .nbd(let uri):
             let device = try NBDDevice.open(uri, isWritable: writable)
             // Its guest may have written what it begins like, and what an image names lies on the server.

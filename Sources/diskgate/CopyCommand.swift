@@ -23,8 +23,11 @@ struct CopyCommand: ParsableCommand {
     @Argument(help: "Where to copy to.")
     var destination: String
 
-    @Option(help: "The format to write: raw (qcow2 and stream-optimized-vmdk cannot be written yet).")
+    @Option(help: "The format to write: raw or qcow2 (stream-optimized-vmdk cannot be written yet).")
     var toFormat: String?
+
+    @Flag(help: "Compress a qcow2 image (zstd).")
+    var compress = false
 
     @Option(
         help: ArgumentHelp(
@@ -79,22 +82,10 @@ struct CopyCommand: ParsableCommand {
     }
 
     private func request() throws -> CopyRequest {
-        switch toFormat ?? "raw" {
-        case "raw": break
-        case "qcow2", "stream-optimized-vmdk":
-            throw BlockError(
-                .unsupported, "copying to \(toFormat ?? ""): this version of diskgate writes raw disks only")
-        default: throw ValidationError("--to-format \(toFormat ?? "") is no format; write raw")
-        }
         var request = CopyRequest(try source.specification(), to: try CopyDestination(destination))
-        if case .file(let path) = request.destination, toFormat == nil,
-            let suffix = [".qcow2", ".vmdk", ".vdi", ".vhdx"].first(where: { path.hasSuffix($0) })
-        {
-            throw ValidationError(
-                "\(path) ends in \(suffix), but a raw disk would be written there: say --to-format raw, or name it .raw"
-            )
-        }
+        request.format = try format(of: request.destination)
         request.changed = changed
+        request.compresses = compress
         request.verifies = verify
         request.resumes = resume
         request.forces = force
@@ -107,16 +98,34 @@ struct CopyCommand: ParsableCommand {
         return request
     }
 
+    private func format(of destination: CopyDestination) throws -> CopyFormat {
+        if toFormat == "stream-optimized-vmdk" {
+            throw BlockError(
+                .unsupported, "copying to stream-optimized-vmdk: this version of diskgate cannot write that yet")
+        }
+        guard let format = CopyFormat(rawValue: toFormat ?? "raw") else {
+            throw ValidationError("--to-format \(toFormat ?? "") is no format that can be written: raw, qcow2")
+        }
+        if compress && format != .qcow2 { throw ValidationError("--compress needs --to-format qcow2") }
+        if case .file(let path) = destination, toFormat == nil,
+            let suffix = [".qcow2", ".vmdk", ".vdi", ".vhdx"].first(where: { path.hasSuffix($0) })
+        {
+            throw ValidationError(
+                "\(path) ends in \(suffix), but a raw disk would be written there: say --to-format qcow2 or raw")
+        }
+        return format
+    }
+
     private func summary(_ result: CopyReport) -> String {
-        var parts = ["\(byteText(result.bytesWritten)) written"]
-        if result.bytesCloned > 0 { parts.append("\(byteText(result.bytesCloned)) shared with the source") }
-        if result.bytesZeroed > 0 { parts.append("\(byteText(result.bytesZeroed)) made zero") }
-        if result.bytesResumed > 0 { parts.append("\(byteText(result.bytesResumed)) done before") }
-        if let compared = result.bytesVerified { parts.append("\(byteText(compared)) verified") }
+        var parts = ["\(readable(result.bytesWritten)) written"]
+        if result.bytesCloned > 0 { parts.append("\(readable(result.bytesCloned)) shared with the source") }
+        if result.bytesZeroed > 0 { parts.append("\(readable(result.bytesZeroed)) made zero") }
+        if result.bytesResumed > 0 { parts.append("\(readable(result.bytesResumed)) done before") }
+        if let compared = result.bytesVerified { parts.append("\(readable(compared)) verified") }
         if result.retries > 0 { parts.append("\(result.retries) retries") }
         let rate = result.seconds > 0 ? Double(result.bytesRead + result.bytesCloned) / result.seconds : 0
-        return "\(result.destination): \(parts.joined(separator: ", ")) of \(byteText(result.size)) in "
-            + "\((result.seconds * 100).rounded() / 100) s (\(byteText(UInt64(rate)))/s)"
+        return "\(result.destination): \(parts.joined(separator: ", ")) of \(readable(result.size)) in "
+            + "\(decimals(result.seconds, 2)) s (\(readable(UInt64(rate)))/s)"
     }
 }
 

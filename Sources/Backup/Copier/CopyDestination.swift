@@ -1,5 +1,6 @@
 // Where a copy goes, as the user names it, and how it stays recognisable as incomplete until it is complete.
 public import Block
+import Formats
 import Glibc
 import LinuxIO
 public import NBD
@@ -41,7 +42,7 @@ public enum CopyDestination: Sendable, Equatable {
                 throw BlockError(
                     .invalid, "copying to \(path): it is neither a file nor a block device (- is standard output)")
             }
-        case .pattern, .memory:
+        case .pattern, .memory, .point:
             throw BlockError(.invalid, "copying to \(text): nothing can be written there; name a file or an NBD URI")
         }
     }
@@ -57,6 +58,17 @@ struct DestinationRules {
     var forces = false
     /// The journal's path; nil for beside the file.
     var journal: String?
+    /// What is written, and whether compressed.
+    var format = CopyFormat.raw
+    var compresses = false
+}
+
+/// The format of a copy.
+public enum CopyFormat: String, Sendable {
+    /// The disk's bytes as they are.
+    case raw
+    /// A qcow2 image without a backing file.
+    case qcow2
 }
 
 /// A destination that is open: what to write to, and what to do in the end.
@@ -67,7 +79,7 @@ struct DestinationRules {
 final class OpenDestination {
     let target: any CopyTarget
     /// The disk behind the target; nil for a stream.
-    let device: (any BlockDevice)?
+    private(set) var device: (any BlockDevice)?
     /// Ranges that an earlier copy has done.
     private(set) var finished = FinishedRanges()
     private(set) var journal: CopyJournal?
@@ -84,6 +96,11 @@ final class OpenDestination {
     init(
         _ destination: CopyDestination, size: UInt64, source: String, scope: String, _ rules: DestinationRules
     ) throws(BlockError) {
+        if rules.format == .qcow2 {
+            let image = try Self.makeImage(destination, size: size, rules)
+            (target, device, partial) = (image, nil, (image.writer.path, image.name))
+            return
+        }
         switch destination {
         case .stream:
             if rules.resumes || rules.journal != nil {
@@ -130,7 +147,7 @@ final class OpenDestination {
         -> OpenedFile
     {
         let doing = "copying to \(path)"
-        let isMarked = exists("\(path).incomplete")
+        let isMarked = exists(path + ".incomplete")
         if isMarked && !rules.forces && !(rules.resumes && rules.isChange) {
             throw BlockError(
                 .denied,
@@ -153,22 +170,48 @@ final class OpenDestination {
             }
             return try openExisting(aside, size: size, doing)
         }
-        if !rules.forces {
-            if exists(path) {
-                throw BlockError(.denied, "\(doing): it exists; --force replaces it, --changed brings it up to date")
-            }
-            if exists(aside) {
-                throw BlockError(
-                    .denied,
-                    "\(doing): \(aside) is what an earlier copy has left; --resume continues that, --force begins anew")
-            }
-        }
+        try checkNew(path, aside, rules)
         return try make(aside, size: size, doing)
+    }
+
+    /// Refuses to replace what may not be lost.
+    private static func checkNew(_ path: String, _ aside: String, _ rules: DestinationRules) throws(BlockError) {
+        if rules.forces { return }
+        if exists(path) {
+            throw BlockError(
+                .denied, "copying to \(path): it exists; --force replaces it, --changed brings it up to date")
+        }
+        if exists(aside) {
+            throw BlockError(
+                .denied,
+                "copying to \(path): \(aside) is what an earlier copy has left; --resume continues that, --force "
+                    + "begins anew")
+        }
+    }
+
+    private static func makeImage(_ destination: CopyDestination, size: UInt64, _ rules: DestinationRules)
+        throws(BlockError) -> Qcow2Target
+    {
+        guard case .file(let path) = destination else {
+            throw BlockError(.unsupported, "copying as qcow2: an image can only be written to a file")
+        }
+        if rules.isChange || rules.resumes || rules.journal != nil {
+            throw BlockError(
+                .unsupported,
+                "copying to \(path): a qcow2 image is written in one go: --changed, --resume and --journal are for raw "
+                    + "copies")
+        }
+        let aside = "\(path).partial"
+        try checkNew(path, aside, rules)
+        if exists(aside) { unlink(aside) }
+        let writer = try Qcow2Writer.create(
+            aside, size: size, compression: rules.compresses ? .zstd(level: 3) : .none)
+        return Qcow2Target(writer, name: path, readsAsZeros: true)
     }
 
     private static func openExisting(_ path: String, size: UInt64, _ doing: String) throws(BlockError) -> OpenedFile {
         let file = try Descriptor.open(path, O_RDWR)
-        let lock = try lock(file, path, doing)
+        let lock = try lock(path, doing)
         let found = UInt64(clamping: try file.status().st_size)
         if found != size {
             throw BlockError(
@@ -177,8 +220,9 @@ final class OpenDestination {
         return (file, path, lock)
     }
 
-    private static func lock(_ file: Descriptor, _ path: String, _ doing: String) throws(BlockError) -> FileLock {
-        guard let lock = try FileLock.take(file, path: path) else {
+    /// Keeps others from the file, by a descriptor of its own: the lock goes with it, not with whoever still reads.
+    private static func lock(_ path: String, _ doing: String) throws(BlockError) -> FileLock {
+        guard let lock = try FileLock.take(path) else {
             throw BlockError(.denied, "\(doing): another copy is writing \(path)")
         }
         return lock
@@ -190,11 +234,11 @@ final class OpenDestination {
         }
         if exists(aside) {
             // Whoever is still writing it would find its file gone.
-            _ = try lock(try Descriptor.open(aside, O_RDWR), aside, doing)
+            _ = try lock(aside, doing)
             unlink(aside)
         }
         let file = try Descriptor.open(aside, O_RDWR | O_CREAT | O_EXCL)
-        let lock = try lock(file, aside, doing)
+        let lock = try lock(aside, doing)
         if ftruncate(file.number, length) < 0 {
             let number = errno
             unlink(aside)
@@ -247,6 +291,22 @@ final class OpenDestination {
     }
 
     // MARK: - The end
+
+    /// Makes an image readable.
+    ///
+    /// - Throws: what writing or opening it throws.
+    func seal() throws(BlockError) {
+        guard let image = target as? Qcow2Target else { return }
+        try image.writer.finish()
+        let file = try RawFileDevice.open(image.writer.path)
+        device = try openDisk(
+            ResolvedFile(device: file, identity: image.writer.path, resolver: nil), .explicit(.qcow2))
+    }
+
+    /// Takes away what is of no use after a failure: an image without its header.
+    func abandon() {
+        (target as? Qcow2Target)?.writer.abandon()
+    }
 
     /// Makes the destination what it is to be: a complete copy under its own name.
     ///

@@ -12,6 +12,9 @@ public struct CopyRequest: Sendable {
     public var destination: CopyDestination
     /// The dirty bitmap that tells what to copy; nil for everything.
     public var changed: String?
+    /// What is written, and whether compressed (qcow2 only).
+    public var format = CopyFormat.raw
+    public var compresses = false
     /// Whether everything copied is read again and compared.
     public var verifies = false
     /// Whether an interrupted copy goes on.
@@ -73,7 +76,7 @@ public enum CopyJob {
         if let changed = request.changed { _ = try source.changedContext(changed) }
         let rules = DestinationRules(
             isChange: request.changed != nil, resumes: request.resumes, forces: request.forces,
-            journal: request.journal)
+            journal: request.journal, format: request.format, compresses: request.compresses)
         let destination = try OpenDestination(
             request.destination, size: device.info.size, source: source.identity, scope: scope, rules)
         defer { reporter.finish() }
@@ -87,6 +90,7 @@ public enum CopyJob {
             let result = try copier.run(
                 progress: { reporter.update($0) },
                 checkpoint: { (end) throws(BlockError) in try destination.journal?.note(settledEnd: end) })
+            try destination.seal()
             let compared = try request.verifies ? verify(request, source, destination, reporter, cancellation) : nil
             try destination.complete()
             return CopyReport(
@@ -96,6 +100,7 @@ public enum CopyJob {
                 bytesCloned: result.clonedBytes, bytesResumed: result.resumedBytes, bytesVerified: compared,
                 retries: result.retries, workers: result.workers, seconds: result.seconds)
         } catch {
+            destination.abandon()
             guard let advice = destination.advice else { throw error }
             throw BlockError(error.kind, "\(error.message); \(advice)")
         }

@@ -90,14 +90,14 @@ public final class ProgressReporter {
     }
 
     private func text(_ progress: CopyProgress) -> String {
-        var parts = [byteText(progress.doneBytes)]
+        var parts = [readable(progress.doneBytes)]
         if progress.isPlanned {
-            parts[0] += " of \(byteText(progress.planBytes))"
+            parts[0] += " of \(readable(progress.planBytes))"
         } else {
-            parts[0] += " done, \(byteText(progress.planBytes)) found so far"
+            parts[0] += " done, \(readable(progress.planBytes)) found so far"
         }
         let rate = rate
-        if rate > 0 { parts.append("\(byteText(UInt64(rate)))/s") }
+        if rate > 0 { parts.append("\(readable(UInt64(rate)))/s") }
         if let left = left(progress), rate > 0 { parts.append("\(timeText(Double(left) / rate)) left") }
         if progress.retries > 0 { parts.append("\(progress.retries) retries") }
         return parts.joined(separator: ", ")
@@ -128,21 +128,6 @@ public final class ProgressReporter {
     private func put(_ text: String) {
         _ = text.withCString { write(descriptor, $0, strlen($0)) }
     }
-}
-
-/// A number of bytes for people: three digits and a unit of 1024.
-public func byteText(_ bytes: UInt64) -> String {
-    let units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    if bytes < 1024 { return "\(bytes) bytes" }
-    var value = Double(bytes)
-    var unit = 0
-    while value >= 999.5 && unit + 1 < units.count {
-        value /= 1024
-        unit += 1
-    }
-    if value >= 99.95 { return "\(Int(value.rounded())) \(units[unit])" }
-    let scale: Double = value >= 9.995 ? 10 : 100
-    return "\((value * scale).rounded() / scale) \(units[unit])"
 }
 
 /// A duration for people: 0:07, 12:34, 1:02:03.

@@ -10,7 +10,7 @@ import LinuxIO
 /// `late` (it has thawed by itself, since the time was over) or `error REASON`.
 final class FreezeGuard {
     private let socket: Descriptor
-    private let process: pid_t
+    let process: pid_t
     private let freezer: Freezer
     private var received: [UInt8] = []
 
@@ -99,7 +99,7 @@ public enum FreezeGuardProcess {
         let deadline = monotonicSeconds() + Double(seconds)
         do throws(BlockError) { try freezer.freeze(deadline: deadline) } catch {
             // The agent may be about to freeze, though it has not said so.
-            let isThawed = (try? freezer.thawSurely(seconds: 60)) != nil
+            let isThawed = error.kind == .unsupported || (try? freezer.thawSurely(seconds: 60)) != nil
             say("error \(error.message)\(isThawed ? "" : "; and thawing failed, too")")
             return isThawed ? 0 : 1
         }

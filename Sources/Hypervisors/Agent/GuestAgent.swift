@@ -38,18 +38,22 @@ final class GuestAgent {
         }
         if let value = answer["return"] { return value }
         let reason = answer["error"]?["desc"]?.string ?? "it does not say why"
-        throw BlockError(.inputOutput, "\(command) by the guest agent at \(path): \(reason)")
+        let isUnknown = answer["error"]?["class"]?.string == "CommandNotFound"
+        throw BlockError(isUnknown ? .unsupported : .inputOutput, "\(command) by the guest agent at \(path): \(reason)")
     }
 
     /// Freezes all file systems.
     ///
     /// - Returns: how many.
+    /// - Throws: `.unsupported` when the agent does not know how: then nothing is frozen.
     func freeze(deadline: Double) throws(BlockError) -> Int64 {
         try execute("guest-fsfreeze-freeze", deadline: deadline).whole ?? 0
     }
 
     /// Thaws all file systems, and makes sure of it.
     func thaw(deadline: Double) throws(BlockError) {
+        // The agent does one thing after the other: a freeze that was asked for before is over by now.
+        if try execute("guest-fsfreeze-status", deadline: deadline).string == "thawed" { return }
         _ = try execute("guest-fsfreeze-thaw", deadline: deadline)
         let status = try execute("guest-fsfreeze-status", deadline: deadline).string
         if status != "thawed" {

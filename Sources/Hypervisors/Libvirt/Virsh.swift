@@ -1,5 +1,6 @@
 // libvirt through virsh: a process of its own can be ended when it hangs, and no library is loaded into everything.
 import Block
+import LinuxIO
 
 /// A connection URI of libvirt, and the program that speaks to it.
 struct Virsh: Sendable {
@@ -17,11 +18,17 @@ struct Virsh: Sendable {
         let result = try attempt(words, seconds: seconds)
         guard result.status == 0 else {
             throw BlockError(
-                result.errors.contains("not found") || result.errors.contains("failed to get domain")
-                    ? .notFound : .inputOutput,
+                Self.kind(of: result.errors),
                 "virsh \(words.prefix(2).joined(separator: " ")) at \(uri): \(result.errors)")
         }
         return result.output
+    }
+
+    private static func kind(of errors: String) -> BlockError.Kind {
+        if errors.contains("failed to get domain") || errors.contains("Domain not found") { return .notFound }
+        // Of freezing: there is nobody who could have frozen anything.
+        let absent = ["agent is not configured", "agent is not connected", "domain is not running"]
+        return absent.contains(where: errors.contains) ? .unsupported : .inputOutput
     }
 
     /// Runs a command that may fail.

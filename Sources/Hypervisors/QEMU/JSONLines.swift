@@ -66,6 +66,9 @@ final class JSONLines {
         }
     }
 
+    /// Ends the connection for both sides.
+    func shut() { shutdown(socket.number, Int32(SHUT_RDWR)) }
+
     private func receive(deadline: Double) throws(BlockError) {
         try wait(POLLIN, deadline: deadline, "it does not answer")
         var problem: Int32 = 0

@@ -21,7 +21,7 @@ final class QEMURelease {
     private func connected() throws(BlockError) -> QMPClient? {
         if let monitor, monitor.isUsable, (try? monitor.execute("query-status")) != nil { return monitor }
         // A monitor talks to one program at a time: the old connection has to go first.
-        monitor = nil
+        close()
         do throws(BlockError) {
             let new = try place.connect()
             monitor = new
@@ -30,6 +30,12 @@ final class QEMURelease {
             if place.isGone { return nil }
             throw error
         }
+    }
+
+    /// Lets go of the monitor.
+    func close() {
+        monitor?.close()
+        monitor = nil
     }
 
     /// Gives back what one obligation stands for.
@@ -52,7 +58,7 @@ final class QEMURelease {
             if let monitor = try connected() { try remove(node: node, monitor) }
         case "qemu.directory":
             guard let path = details["path"] else { throw unreadable(obligation) }
-            try removeDirectory(path)
+            try removeScratchDirectory(path)
         default:
             throw BlockError(.unsupported, "giving back \(obligation.kind): a QEMU has no such thing")
         }
@@ -130,17 +136,6 @@ final class QEMURelease {
         for name in [node, "\(node)f"] where nodes.contains(where: { $0["node-name"]?.string == name }) {
             try monitor.execute("blockdev-del", ["node-name": .text(name)])
         }
-    }
-
-    /// Removes the scratch directory and what a snapshot puts there, nothing else.
-    private func removeDirectory(_ path: String) throws(BlockError) {
-        if access(path, F_OK) < 0 && errno == ENOENT { return }
-        for name in try namesInDirectory(path) where name == "nbd.sock" || name.hasPrefix("scratch-") {
-            if unlink("\(path)/\(name)") < 0 && errno != ENOENT {
-                throw BlockError(errno: errno, "removing the scratch file \(path)/\(name)")
-            }
-        }
-        if rmdir(path) < 0 && errno != ENOENT { throw BlockError(errno: errno, "removing the directory \(path)") }
     }
 
     /// Keeps the new checkpoint and removes those that it replaces; or removes the new one: the one before has never

@@ -71,21 +71,7 @@ final class QEMUSession: SnapshotSession {
                 try ledger.settle(obligation)
             } catch { failure = failure ?? error }
         }
+        release.close()
         if let failure { throw failure.during("ending the snapshot of \(place.name)") }
-    }
-}
-
-/// Looks whether a directory's file system has bytes left to spare.
-///
-/// - Throws: `.noSpace` when it has not.
-func checkSpace(in directory: String, reserve: UInt64, doing: String) throws(BlockError) {
-    var space = statvfs()
-    if statvfs(directory, &space) < 0 { throw BlockError(errno: errno, "\(doing): looking at \(directory)") }
-    let (free, overflow) = UInt64(space.f_bavail).multipliedReportingOverflow(by: UInt64(space.f_frsize))
-    if !overflow && free < reserve {
-        throw BlockError(
-            .noSpace,
-            "\(doing): only \(free) bytes are left for scratch files in \(directory), \(reserve) are to stay free: "
-                + "the backup ends before the guest suffers (name a larger directory for scratch files)")
     }
 }

@@ -57,6 +57,7 @@ final class QEMUSnapshot {
                 // What cannot be given back now stands in the ledger.
                 if (try? release.settle(obligation, adopted: false)) != nil { try? ledger.settle(obligation) }
             }
+            release.close()
             throw error.during("making a snapshot of \(place.name)")
         }
     }

@@ -133,6 +133,14 @@ final class QMPClient: Sendable {
         }
     }
 
+    /// Lets go of the monitor, so that others can talk to it. Commands fail from now on.
+    func close() {
+        state.withLock { state in
+            if state.failure == nil { state.failure = BlockError(.shutdown, "the connection to \(name) is closed") }
+            state.lines.shut()
+        }
+    }
+
     /// The events that have come with answers so far; they are told once.
     func takeEvents() -> [JSONValue] {
         state.withLock { state in

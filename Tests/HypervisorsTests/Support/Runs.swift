@@ -1,5 +1,6 @@
 // A backup run in small: a ledger, a snapshot, the disks copied by qemu-img and by our client.
 import Block
+import Glibc
 import LinuxIO
 import NBD
 import Support
@@ -28,21 +29,52 @@ func copyWhole(_ disk: SnapshotDisk, to path: String) throws {
         "qemu-img", ["convert", "-f", "raw", "-O", "raw", disk.source.description, path])
 }
 
-/// Ranges that a disk's context calls changed.
-func changedRanges(_ disk: SnapshotDisk) throws -> [Range<UInt64>] {
-    let context = try #require(disk.changedContext)
+/// Brings a full copy up to date with what a disk's context calls changed.
+///
+/// - Returns: the bytes that were copied.
+@discardableResult
+func copyChanges(_ disk: SnapshotDisk, onto path: String) throws -> UInt64 {
+    guard let context = disk.changedContext else { throw CheckFailure("\(disk.id) has no context") }
     let device = try disk.source.open()
-    let status = StatusContext(context)
-    var ranges: [Range<UInt64>] = []
-    var offset: UInt64 = 0
+    guard let index = device.info.dirtyBitmaps.firstIndex(where: { context.hasSuffix($0) }) else {
+        throw CheckFailure("\(disk.id) has no context \(context), only \(device.info.dirtyBitmaps)")
+    }
+    let target = try Descriptor.open(path, O_WRONLY)
+    let buffer = Buffer(count: 65536)
+    var (offset, copied): (UInt64, UInt64) = (0, 0)
     while offset < disk.size {
-        var list = StatusList(capacity: 64)
-        let end = try device.status(status, of: offset..<disk.size, into: &list)
-        for extent in list.extents {
-            if extent.flags & 1 != 0 { ranges.append(offset..<offset + extent.length) }
+        let (end, extents) = try status(device, .dirtyBitmap(index), of: offset..<disk.size)
+        for extent in extents {
+            var position = offset
             offset += extent.length
+            if extent.value & 1 == 0 { continue }
+            copied += extent.length
+            while position < offset {
+                let count = Int(min(offset - position, 65536))
+                try device.read(into: UnsafeMutableRawBufferPointer(rebasing: buffer.bytes[..<count]), at: position)
+                let written = pwrite(target.number, buffer.bytes.baseAddress, count, off_t(position))
+                try require(written == count, "writing \(path)")
+                position += UInt64(count)
+            }
         }
         try require(offset == end, "the list ends at \(offset), not \(end)")
     }
-    return ranges
+    return copied
+}
+
+/// Gives back all that a ledger has, as a later process does.
+func settleAll(_ process: QEMUProcess, adopted: Bool = false) throws {
+    for ledger in try RunLedger.takeAbandoned(stateDirectory: process.directory.file("state")) {
+        let provider = try Hypervisors.open(ledger.run.machine)
+        for obligation in ledger.obligations.reversed() {
+            try provider.settle(obligation, adopted: adopted)
+            try ledger.settle(obligation)
+        }
+        try ledger.end()
+    }
+}
+
+/// Whether two files have the same bytes.
+func requireEqual(_ one: String, _ other: String, _ what: String) throws {
+    try require(try contentOfFile(one) == contentOfFile(other), "\(what): \(one) and \(other) differ")
 }

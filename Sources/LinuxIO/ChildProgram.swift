@@ -1,10 +1,9 @@
-// Programs that providers start: virsh, with an end to its time, and the freeze guard.
-import Block
-import Glibc
-import LinuxIO
+// Programs that diskgate starts: in a process group of their own, with an end to their time.
+public import Block
+public import Glibc
 
 /// Starts programs, in a process group of their own and with all signals as they are by default.
-enum ChildProgram {
+public enum ChildProgram {
     /// Starts a program.
     ///
     /// - Parameters:
@@ -12,8 +11,11 @@ enum ChildProgram {
     ///   - input: its standard input; nil for none.
     ///   - output: its standard output; nil for none.
     ///   - errors: its standard error; nil for ours.
+    ///   - environment: NAME=VALUE, besides ours.
     /// - Throws: `BlockError` of the system's reason.
-    static func start(_ words: [String], input: Int32?, output: Int32?, errors: Int32?) throws(BlockError) -> pid_t {
+    public static func start(
+        _ words: [String], input: Int32?, output: Int32?, errors: Int32?, environment: [String] = []
+    ) throws(BlockError) -> pid_t {
         var actions = posix_spawn_file_actions_t()
         posix_spawn_file_actions_init(&actions)
         defer { posix_spawn_file_actions_destroy(&actions) }
@@ -42,18 +44,54 @@ enum ChildProgram {
         var arguments: [UnsafeMutablePointer<CChar>?] = words.map { strdup($0) } + [nil]
         defer { for argument in arguments { free(argument) } }
         var process = pid_t()
-        let result = posix_spawnp(&process, words.first ?? "", &actions, &attributes, &arguments, environ)
+        var variables: [UnsafeMutablePointer<CChar>?] = environment.map { strdup($0) }
+        let ownCount = variables.count
+        defer { for variable in variables[..<ownCount] { free(variable) } }
+        var variable = environ
+        while let text = variable.pointee {
+            variables.append(text)
+            variable += 1
+        }
+        variables.append(nil)
+        let result = posix_spawnp(&process, words.first ?? "", &actions, &attributes, &arguments, &variables)
         if result != 0 { throw BlockError(errno: result, "starting \(words.first ?? "")") }
         return process
+    }
+
+    /// A standard input that has some bytes and then ends.
+    ///
+    /// - Throws: `BlockError` of the system's reason.
+    public static func input(_ bytes: [UInt8]) throws(BlockError) -> Descriptor {
+        let number = memfd_create("input", UInt32(MFD_CLOEXEC))
+        if number < 0 { throw BlockError(errno: errno, "making a file in memory") }
+        let file = Descriptor(owning: number)
+        var done = 0
+        while done < bytes.count {
+            let written = bytes.withUnsafeBytes { write(number, $0.baseAddress?.advanced(by: done), $0.count - done) }
+            if written <= 0 { throw BlockError(errno: errno, "writing a file in memory") }
+            done += written
+        }
+        lseek(number, 0, SEEK_SET)
+        return file
+    }
+
+    /// The exit status of a process that has ended; nil while it runs.
+    public static func reapIfEnded(_ process: pid_t) -> Int32? {
+        var status: Int32 = 0
+        return waitpid(process, &status, WNOHANG) == process ? exitStatus(status) : nil
     }
 
     /// Waits for the end of a process.
     ///
     /// - Returns: its exit status, or 128 and the signal's number.
     @discardableResult
-    static func reap(_ process: pid_t) -> Int32 {
+    public static func reap(_ process: pid_t) -> Int32 {
         var status: Int32 = 0
         while waitpid(process, &status, 0) < 0 { if errno != EINTR { return 127 } }
+        return exitStatus(status)
+    }
+
+    private static func exitStatus(_ status: Int32) -> Int32 {
         let signal = status & 0x7F
         return signal == 0 ? (status >> 8) & 0xFF : 128 + signal
     }
@@ -63,7 +101,7 @@ enum ChildProgram {
     /// - Parameter seconds: when it has taken longer, it is killed with all that it started.
     /// - Returns: its exit status, its standard output and its standard error.
     /// - Throws: `BlockError` when it cannot be started or takes too long.
-    static func run(_ words: [String], seconds: Double) throws(BlockError) -> (
+    public static func run(_ words: [String], seconds: Double) throws(BlockError) -> (
         status: Int32, output: [UInt8], errors: [UInt8]
     ) {
         let (process, output, errors) = try startPiped(words)
@@ -113,9 +151,4 @@ enum ChildProgram {
         }
         return contents
     }
-}
-
-/// Waits.
-func pause(seconds: Double) {
-    usleep(UInt32(seconds * 1e6))
 }

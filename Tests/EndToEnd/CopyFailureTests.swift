@@ -1,0 +1,80 @@
+// Copies from servers that go away, stall and fail, and to targets that do.
+import Glibc
+import Testing
+
+@Suite struct CopyFailureTests {
+    @Test func `a copy goes on when the server was restarted`() throws {
+        let folder = try Folder()
+        let image = try folder.image("disk.raw")
+        let peer = try Peer.nbdkit("-r", "--filter=delay", "file", image, "rdelay=20ms", in: folder)
+        let output = try namelessFile()
+        defer { close(output) }
+        let pid = try Tool.diskgate.start(
+            ["copy", peer.uri(), folder.file("copy.raw"), "--json", "--verify"], output: output, errors: output)
+        for _ in 0..<3 {
+            usleep(100_000)
+            peer.kill()
+            usleep(200_000)
+            try peer.start()
+        }
+        let status = try waitForEnd(of: pid, what: "the copy")
+        let said = String(decoding: try content(of: output), as: UTF8.self)
+        #expect(status == 0, "\(said)")
+        #expect(!said.contains("\"retries\" : 0"), "\(said)")
+        #expect(try isSame(image, folder.file("copy.raw")))
+    }
+
+    @Test func `a server that stays away ends the copy, which can go on`() throws {
+        let folder = try Folder()
+        let image = try folder.image("disk.raw")
+        let peer = try Peer.nbdkit("-r", "--filter=rate", "file", image, "rate=40M", in: folder)
+        let output = try namelessFile()
+        defer { close(output) }
+        let arguments = ["copy", peer.uri("", "reconnect=1"), folder.file("copy.raw"), "--journal-every", "1M"]
+        let pid = try Tool.diskgate.start(arguments, output: output, errors: output)
+        #expect(eventually { ((try? run("cat", folder.file("copy.raw.journal")).lines.count) ?? 0) > 4 })
+        peer.kill()
+        #expect(try waitForEnd(of: pid, what: "the copy") == 1)
+        let said = String(decoding: try content(of: output), as: UTF8.self)
+        #expect(said.contains("--resume"), "\(said)")
+        try peer.start()
+        try run("diskgate", "copy", arguments[1], folder.file("copy.raw"), with: ["--resume"])
+        #expect(try isSame(image, folder.file("copy.raw")))
+    }
+
+    @Test func `reads that fail at times are tried again`() throws {
+        let folder = try Folder()
+        let image = try folder.image("disk.raw", seed: 2)
+        let peer = try Peer.nbdkit(
+            "--filter=error", "file", image, "error-pread=EIO", "error-pread-rate=10%", in: folder)
+        try run("diskgate", "copy", peer.uri(), folder.file("copy.raw"), with: ["--retries", "20"])
+        #expect(try isSame(image, folder.file("copy.raw")))
+        let outcome = try attempt("diskgate", "copy", peer.uri(), folder.file("other.raw"), "--retries", "0")
+        #expect(outcome.status == 1 && outcome.errors.contains("reading"), "\(outcome.errors)")
+        #expect(access(folder.file("other.raw"), F_OK) != 0)
+    }
+
+    @Test func `a signal ends a copy from a server that does not answer`() throws {
+        let folder = try Folder()
+        let image = try folder.image("disk.raw", seed: 2)
+        let peer = try Peer.nbdkit("-r", "--filter=delay", "file", image, "rdelay=60", in: folder)
+        let output = try namelessFile()
+        defer { close(output) }
+        let pid = try Tool.diskgate.start(
+            ["copy", peer.uri(), folder.file("copy.raw")], output: output, errors: output)
+        #expect(eventually { access(folder.file("copy.raw.journal"), F_OK) == 0 })
+        usleep(200_000)
+        kill(pid, SIGTERM)
+        // Far sooner than the server answers.
+        #expect(try waitForEnd(of: pid, what: "the copy") == 1)
+    }
+
+    @Test func `a target that fails ends the copy with its error`() throws {
+        let folder = try Folder()
+        let image = try folder.image("disk.raw", seed: 2)
+        let target = try folder.filled("target.raw")
+        let peer = try Peer.nbdkit("--filter=error", "file", target, "error-pwrite=ENOSPC", in: folder)
+        let outcome = try attempt("diskgate", "copy", image, peer.uri())
+        #expect(outcome.status == 1 && outcome.errors.contains("No space"), "\(outcome.errors)")
+    }
+}
