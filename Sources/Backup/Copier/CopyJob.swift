@@ -69,6 +69,7 @@ public enum CopyJob {
             throw BlockError(
                 .invalid, "copying to standard output: --verify and --changed need a destination that can be read")
         }
+        try request.options.check()
         let source = try CopySource.open(request.source, reconnects: request.options.retries > 0)
         let device = source.device
         let scope = request.changed ?? "everything"
