@@ -98,6 +98,10 @@ let package = Package(
             dependencies: [
                 "Backup", "Block", "Formats", "Hypervisors", "LinuxIO", "NBD", "Support", "Transports",
             ], cSettings: gnuSource, swiftSettings: settings),
+        .testTarget(
+            name: "HypervisorsTests",
+            dependencies: ["Block", "LinuxIO", "Hypervisors", "NBD", "Support", "Transports"], cSettings: gnuSource,
+            swiftSettings: settings),
         .testTarget(name: "TidyTests", cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
             name: "EndToEnd", dependencies: ["CLinux"], cSettings: gnuSource, swiftSettings: settings),

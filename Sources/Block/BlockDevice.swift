@@ -77,6 +77,13 @@ public protocol BlockDevice: AnyObject, Sendable {
     /// through a map and finds another version afterwards maps and reads again. Constant where that cannot happen.
     var mapVersion: UInt64 { get }
 
+    /// Runs a body while the bytes of a range stay where a map made inside the body finds them: for readers that found
+    /// `mapVersion` moved under them and are not to start again for ever. The body may run more than once, and what the
+    /// last run did counts; it maps and reads, and does not change the device.
+    ///
+    /// - Throws: what the body throws.
+    func holdingMap(of range: Range<UInt64>, _ body: () throws(BlockError) -> Void) throws(BlockError)
+
     /// Says what a context knows of a range: allocation, layers, dirty or clean. Same rules as `map(_:_:into:)` with
     /// `.blocking`; asks storage afresh.
     func status(_ context: StatusContext, of range: Range<UInt64>, into list: inout StatusList) throws(BlockError)
@@ -84,6 +91,10 @@ public protocol BlockDevice: AnyObject, Sendable {
 
     /// Writes bytes; on stable storage when it returns if `durable`. May block.
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError)
+
+    /// Whether a write to a range, now, would return without waiting for storage, where `info.writesArePrompt` says that
+    /// writes usually do.
+    func isPrompt(toWrite range: Range<UInt64>) -> Bool
 
     /// Makes a range read as zeros. May block.
     func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError)
@@ -100,6 +111,17 @@ public protocol BlockDevice: AnyObject, Sendable {
 
 extension BlockDevice {
     public var mapVersion: UInt64 { 0 }
+
+    /// A device that cannot hold its map still: again, until no version moved meanwhile.
+    public func holdingMap(of range: Range<UInt64>, _ body: () throws(BlockError) -> Void) throws(BlockError) {
+        while true {
+            let version = mapVersion
+            try body()
+            if mapVersion == version { return }
+        }
+    }
+
+    public func isPrompt(toWrite range: Range<UInt64>) -> Bool { true }
 
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
         throw BlockError(.readOnly, "writing to \(info.name): it is open for reading only")

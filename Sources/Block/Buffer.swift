@@ -1,5 +1,4 @@
 // Memory for blocks: aligned for O_DIRECT, owned by exactly one holder.
-public import Glibc
 
 /// A block of memory aligned to 4096 bytes, freed when its owner goes.
 public struct Buffer: ~Copyable, @unchecked Sendable {
@@ -33,58 +32,4 @@ public enum ZeroPage {
         memory.initializeMemory(as: UInt8.self, repeating: 0)
         return UnsafeRawBufferPointer(memory)
     }()
-}
-
-/// A mutual exclusion lock. The pthread one, because thread sanitizers understand it.
-public final class Lock: @unchecked Sendable {
-    // Sendable because a pthread mutex may be used from every thread, and its address never changes.
-    @usableFromInline let mutex: UnsafeMutablePointer<pthread_mutex_t>
-
-    /// An unlocked lock.
-    public init() {
-        mutex = .allocate(capacity: 1)
-        mutex.initialize(to: pthread_mutex_t())
-        pthread_mutex_init(mutex, nil)
-    }
-
-    deinit {
-        pthread_mutex_destroy(mutex)
-        mutex.deallocate()
-    }
-
-    /// Runs the body while holding the lock.
-    @inlinable @inline(__always)
-    public func withLock<R: ~Copyable, E: Error>(_ body: () throws(E) -> R) throws(E) -> R {
-        pthread_mutex_lock(mutex)
-        defer { pthread_mutex_unlock(mutex) }
-        return try body()
-    }
-}
-
-extension Lock {
-    /// Runs the body while holding the lock, unless somebody else holds it.
-    ///
-    /// - Returns: whether it ran.
-    public func withLockIfFree(_ body: () -> Void) -> Bool {
-        if pthread_mutex_trylock(mutex) != 0 { return false }
-        defer { pthread_mutex_unlock(mutex) }
-        body()
-        return true
-    }
-}
-
-/// A value that is only touched under its lock.
-public final class Locked<Value>: @unchecked Sendable {
-    // Sendable because the value is reachable only inside withLock.
-    @usableFromInline let lock = Lock()
-    @usableFromInline var value: Value
-
-    /// A locked value.
-    public init(_ value: Value) { self.value = value }
-
-    /// Runs the body with the value while holding the lock.
-    @inlinable @inline(__always)
-    public func withLock<R, E: Error>(_ body: (inout Value) throws(E) -> R) throws(E) -> R {
-        try lock.withLock { () throws(E) in try body(&value) }
-    }
 }

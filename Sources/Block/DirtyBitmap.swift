@@ -107,6 +107,56 @@ public final class DirtyBitmap: @unchecked Sendable {
         }
     }
 
+    /// Calls a body for each run of equal bits, as ranges of bytes inside `range`, until it takes less than the whole run
+    /// or the range, which is not empty, is done.
+    ///
+    /// - Returns: the end of what the body took.
+    @inline(__always)
+    func forEachRun(
+        _ range: Range<UInt64>, _ body: (Range<UInt64>, _ isSet: Bool) throws(BlockError) -> UInt64
+    ) throws(BlockError) -> UInt64 {
+        var position = range.lowerBound
+        let limit = chunk(of: range.upperBound - 1) + 1
+        while position < range.upperBound {
+            let (isSet, runEnd) = run(from: chunk(of: position), limit: limit)
+            let end = runEnd == limit ? range.upperBound : UInt64(runEnd) << shift
+            let done = try body(position..<end, isSet)
+            if done < end { return done }
+            position = end
+        }
+        return position
+    }
+
+    /// Whether the bits of all chunks that a range touches are set. The range lies inside the disk and is not empty.
+    public func isAllSet(_ range: Range<UInt64>) -> Bool {
+        let limit = chunk(of: range.upperBound - 1) + 1
+        let first = run(from: chunk(of: range.lowerBound), limit: limit)
+        return first.isSet && first.end == limit
+    }
+
+    /// Bytes that the bits take in `store` and `load`: whole words of 64.
+    public var byteCount: Int { wordCount * 8 }
+
+    /// Copies the bits, the first in the lowest bit of the first byte. The memory has `byteCount` bytes.
+    public func store(into bytes: UnsafeMutableRawBufferPointer) {
+        precondition(bytes.count == byteCount)
+        for index in 0..<wordCount {
+            let word = words[index].load(ordering: .acquiring).littleEndian
+            bytes.storeBytes(of: word, toByteOffset: index * 8, as: UInt64.self)
+        }
+    }
+
+    /// Sets the bits that are set in bytes from `store`; those past the disk's end are left out.
+    public func load(_ bytes: UnsafeRawBufferPointer) {
+        precondition(bytes.count == byteCount)
+        for index in 0..<wordCount {
+            var word = bytes.littleEndian(index * 8, as: UInt64.self)
+            let used = bitCount - index * 64
+            if used < 64 { word &= (1 << UInt64(used)) - 1 }
+            if word != 0 { _ = words[index].bitwiseOr(word, ordering: .acquiringAndReleasing) }
+        }
+    }
+
     /// The number of set bits.
     public var setCount: Int {
         var count = 0

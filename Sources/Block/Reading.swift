@@ -4,7 +4,8 @@ public import Glibc
 extension BlockDevice {
     /// Fills the buffer with the bytes at `offset`, waiting for storage where it has to.
     ///
-    /// Mapped again when the map's version moved meanwhile, so that the bytes were the disk's at one time.
+    /// Mapped again when the map's version moved meanwhile, the second time while the device holds its map still, so that
+    /// the bytes were the disk's at one time, and a device that never rests is read all the same.
     ///
     /// - Throws: `.outOfRange`, or whatever the storage below reports; the buffer's content is then undefined.
     public func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(BlockError) {
@@ -13,17 +14,37 @@ extension BlockDevice {
         var extents = ExtentList(capacity: 64)
         var position = range.lowerBound
         while position < range.upperBound {
+            let rest = UnsafeMutableRawBufferPointer(rebasing: buffer[Int(position - offset)...])
             let version = mapVersion
-            extents.removeAll()
-            let end = try map(position..<range.upperBound, .blocking, into: &extents)
-            if end <= position || end > range.upperBound || extents.length != end - position {
-                throw BlockError(.inputOutput, "mapping \(info.name) at \(position): the map does not cover it")
+            var end = try readMapped(&extents, into: rest, at: position)
+            if mapVersion != version {
+                let held = UnsafeMutableRawBufferPointer(rebasing: rest[..<min(rest.count, heldMax)])
+                try holdingMap(of: position..<(position + UInt64(held.count))) { () throws(BlockError) in
+                    end = try readMapped(&extents, into: held, at: position)
+                }
             }
-            let part = UnsafeMutableRawBufferPointer(
-                rebasing: buffer[Int(position - offset)..<Int(end - offset)])
-            try readExtents(extents, into: part, at: position)
-            if mapVersion == version { position = end }
+            position = end
         }
+    }
+
+    /// Bytes that are read at a time while a device holds its map still: those who want to change it wait.
+    private var heldMax: Int { 256 << 10 }
+
+    /// Maps what the buffer is to hold, as far as the list takes it, and reads that.
+    ///
+    /// - Returns: the end of what was read.
+    private func readMapped(
+        _ extents: inout ExtentList, into buffer: UnsafeMutableRawBufferPointer, at position: UInt64
+    ) throws(BlockError) -> UInt64 {
+        let limit = position + UInt64(buffer.count)
+        extents.removeAll()
+        let end = try map(position..<limit, .blocking, into: &extents)
+        if end <= position || end > limit || extents.length != end - position {
+            throw BlockError(.inputOutput, "mapping \(info.name) at \(position): the map does not cover it")
+        }
+        try readExtents(
+            extents, into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<Int(end - position)]), at: position)
+        return end
     }
 
     /// Fills the buffer with the bytes at `offset` if that needs no waiting: everything lies in memory already.

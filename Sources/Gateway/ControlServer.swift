@@ -9,124 +9,6 @@ public import NBD
 import Synchronization
 import Transports
 
-/// A request on the control socket.
-public struct ControlRequest: Codable, Sendable {
-    /// What to do: exports, add, remove, clients or disconnect.
-    public var command: String
-    /// add: the source. As for `serve`.
-    public var source: String?
-    /// add, remove: the export's name.
-    public var name: String?
-    /// add: the description.
-    public var description: String?
-    /// add: read-only (default), writable or overlay.
-    public var access: String?
-    /// add: the number of the partition.
-    public var partition: Int?
-    /// add: bytes to leave out at the start.
-    public var offset: UInt64?
-    /// add: bytes to take.
-    public var length: UInt64?
-    /// add: rules for clients, instead of the server's.
-    public var allow: [String]?
-    /// disconnect: the client's id.
-    public var client: Int?
-
-    /// A request without arguments.
-    public init(command: String) { self.command = command }
-}
-
-/// An export as the control socket tells of it.
-public struct ExportStatus: Codable, Sendable {
-    /// The export's name.
-    public var name: String
-    /// What the disk is.
-    public var source: String
-    /// Its format.
-    public var format: String
-    /// Its size in bytes.
-    public var size: UInt64
-    /// Whether writes are refused.
-    public var readOnly: Bool
-    /// Free text.
-    public var description: String
-    /// Clients at this time.
-    public var clients: Int
-    /// Bytes read since the export was added.
-    public var bytesRead: UInt64
-    /// Bytes written since the export was added.
-    public var bytesWritten: UInt64
-    /// Requests answered with an error since then.
-    public var errors: UInt64
-    /// Requests received and not yet answered.
-    public var inFlight: Int
-    /// What was done since then, by operation; those that nobody asked for are left out.
-    public var operations: [OperationStatus]
-}
-
-/// What was done of one operation as the control socket tells of it.
-public struct OperationStatus: Codable, Sendable {
-    /// read, write, flush, trim, cache, zero, block_status, or other.
-    public var operation: String
-    /// Requests answered, errors among them.
-    public var count: UInt64
-    /// Requests answered with an error.
-    public var errors: UInt64
-    /// Bytes of the requests that succeeded.
-    public var bytes: UInt64
-    /// Seconds within which half of the requests were answered, as exactly as the buckets tell (powers of two of a
-    /// microsecond); nil for more than 67 s.
-    public var medianSeconds: Double?
-    /// The same for 99 % of them.
-    public var ninetyNinthSeconds: Double?
-
-    /// The operations of which there was at least one.
-    static func all(_ sums: FigureSums) -> [OperationStatus] {
-        Operation.allCases.compactMap { operation in
-            let figures = sums[operation]
-            if figures.count == 0 { return nil }
-            return OperationStatus(
-                operation: operation.name, count: figures.count, errors: figures.errors, bytes: figures.bytes,
-                medianSeconds: figures.quantile(0.5), ninetyNinthSeconds: figures.quantile(0.99))
-        }
-    }
-}
-
-/// A client as the control socket tells of it.
-public struct ClientStatus: Codable, Sendable {
-    /// Its id.
-    public var id: Int
-    /// Who it is.
-    public var peer: String
-    /// The export it uses; nil during the handshake.
-    public var export: String?
-    /// Bytes it has read.
-    public var bytesRead: UInt64
-    /// Bytes it has written.
-    public var bytesWritten: UInt64
-    /// Its requests that were answered with an error.
-    public var errors: UInt64
-    /// Its requests that are not yet answered.
-    public var inFlight: Int
-    /// Seconds since the oldest of them arrived; nil when there is none.
-    public var oldestRequestSeconds: Double?
-    /// What was done for it, by operation.
-    public var operations: [OperationStatus]
-}
-
-/// An answer on the control socket.
-public struct ControlReply: Codable, Sendable {
-    /// What went wrong; nil when the request was done.
-    public var error: String?
-    /// For exports, and for add the new one.
-    public var exports: [ExportStatus]?
-    /// For clients.
-    public var clients: [ClientStatus]?
-
-    /// Done.
-    public init() {}
-}
-
 /// What `serve` was told about its exports, which holds for those that are added later, too.
 public struct ExportDefaults: Sendable {
     /// The policies.
@@ -135,6 +17,10 @@ public struct ExportDefaults: Sendable {
     public var imageDirectories: [String] = []
     /// Where overlays keep what is written; nil for TMPDIR, or /var/tmp.
     public var scratchDirectory: String?
+    /// Bytes that are to stay free where snapshots keep what is overwritten; nil for 5 %, at most 1 GiB.
+    public var scratchReserve: UInt64?
+    /// Where writable exports keep checkpoints; nil when they keep none.
+    public var checkpointDirectory: String?
 
     /// No policies.
     public init() {}
@@ -146,6 +32,7 @@ public final class ControlServer: Sendable {
     static let lineMax = 65536
 
     private let registry: ExportRegistry
+    private let snapshots: Snapshots
     private let server: Server
     private let log: Logger
     private let sockets: [ListeningSocket]
@@ -156,7 +43,8 @@ public final class ControlServer: Sendable {
     ///
     /// - Throws: `BlockError` when it cannot listen there, or the address is not a Unix socket.
     public init(
-        _ address: ListenAddress, registry: ExportRegistry, server: Server, defaults: ExportDefaults, log: Logger
+        _ address: ListenAddress, registry: ExportRegistry, snapshots: Snapshots, server: Server,
+        defaults: ExportDefaults, log: Logger
     ) throws(BlockError) {
         guard case .unix(let path) = address else {
             throw BlockError(.invalid, "listening for control commands on \(address): give unix:PATH")
@@ -166,6 +54,7 @@ public final class ControlServer: Sendable {
         defer { umask(mask) }
         sockets = try ListeningSocket.listen(on: .unix(path: path))
         self.registry = registry
+        self.snapshots = snapshots
         self.server = server
         self.defaults = defaults
         self.log = log
@@ -232,22 +121,48 @@ public final class ControlServer: Sendable {
         case "exports": reply.exports = registry.all.map { Self.status($0) }
         case "clients": reply.clients = server.clients.map { Self.status($0) }
         case "add": reply.exports = [Self.status(try add(request))]
-        case "remove":
-            guard let name = request.name, let export = registry.remove(name) else {
-                throw BlockError(.notFound, "removing the export \"\(request.name ?? "")\": there is none of this name")
-            }
-            server.disconnectAll(from: export, seconds: 10)
-            log.notice("removed the export \"\(name)\"")
+        case "remove": try remove(request.name ?? "")
         case "disconnect":
             guard let id = request.client, server.disconnect(id) else {
                 throw BlockError(.notFound, "disconnecting the client \(request.client ?? 0): there is none of this id")
             }
+        default: reply = try performOnSnapshots(request)
+        }
+        return reply
+    }
+
+    private func performOnSnapshots(_ request: ControlRequest) throws(BlockError) -> ControlReply {
+        var reply = ControlReply()
+        let export = request.export ?? ""
+        switch request.command {
+        case "snapshots": reply.snapshots = snapshots.snapshots(of: request.export)
+        case "snapshot":
+            reply.snapshots = [try snapshots.make(of: export, checkpoint: request.checkpoint, as: request.name)]
+        case "release":
+            if !snapshots.release(request.name ?? "", server) {
+                throw BlockError(
+                    .notFound,
+                    "releasing the snapshot \"\(request.name ?? "")\": there is none exported under this name")
+            }
+        case "checkpoints": reply.checkpoints = try snapshots.checkpoints(of: export)
+        case "drop-checkpoint": try snapshots.drop(request.checkpoint ?? "", of: export)
         default:
             throw BlockError(
                 .invalid,
-                "\"\(request.command)\" is no control command: give exports, add, remove, clients or disconnect")
+                "\"\(request.command)\" is no control command: give exports, add, remove, clients, disconnect, snapshot, "
+                    + "snapshots, release, checkpoints or drop-checkpoint")
         }
         return reply
+    }
+
+    private func remove(_ name: String) throws(BlockError) {
+        if snapshots.release(name, server) { return }
+        guard let export = registry.remove(name) else {
+            throw BlockError(.notFound, "removing the export \"\(name)\": there is none of this name")
+        }
+        server.disconnectAll(from: export, seconds: 10)
+        log.notice("removed the export \"\(name)\"")
+        try snapshots.close(name, server)
     }
 
     private func add(_ request: ControlRequest) throws(BlockError) -> Export {
@@ -273,9 +188,20 @@ public final class ControlServer: Sendable {
             for rule in rules { options.allow.append(try AllowRule(rule)) }
         }
         options.isReadOnly = disk.access == .readOnly
+        var checkpointed: CheckpointedDisk?
+        let device: any BlockDevice
+        if let directory = defaults.checkpointDirectory, disk.access == .writable {
+            let log = log
+            let opened = try disk.openCheckpointed(in: directory) { log.warning("\($0)") }
+            device = opened.device
+            checkpointed = opened
+        } else {
+            device = try disk.open()
+        }
         let export = try Export(
-            name: name, description: request.description ?? "", device: disk.open(), options: options)
+            name: name, description: request.description ?? "", device: device, options: options)
         try registry.add(export)
+        if let checkpointed { snapshots.add(checkpointed, export: name) }
         log.notice("added the export \"\(name)\" of \(source)")
         return export
     }

@@ -66,6 +66,18 @@ struct MetricsText {
         sample("diskgate_request_memory_limit_bytes", [], memory.max)
     }
 
+    // MARK: - Snapshots
+
+    /// What snapshots have copied, and whether they can still be read.
+    mutating func add(_ snapshots: [SnapshotStatus]) {
+        family("diskgate_snapshot_copied_bytes", "gauge", "Bytes that were copied to scratch space for a snapshot.")
+        for one in snapshots { sample("diskgate_snapshot_copied_bytes", [("export", one.export)], one.copiedBytes) }
+        family("diskgate_snapshot_broken", "gauge", "1 when a snapshot lacks something and can be read no more.")
+        for one in snapshots {
+            sample("diskgate_snapshot_broken", [("export", one.export)], one.failure == nil ? 0 : 1)
+        }
+    }
+
     // MARK: - Exports
 
     /// What was done on each export.

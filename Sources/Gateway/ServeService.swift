@@ -6,11 +6,14 @@ public import LinuxIO
 public import Logging
 public import NBD
 import Synchronization
+public import Transports
 
 /// What `diskgate serve` is asked to do.
 public struct ServeRequest: Sendable {
     /// The exports, opened.
     public var exports: [Export] = []
+    /// Those of them that keep checkpoints, by name.
+    public var checkpointed: [String: CheckpointedDisk] = [:]
     /// Where to listen.
     public var listen: [ListenAddress] = []
     /// Whether to serve one client on standard input and output instead.
@@ -53,6 +56,7 @@ public struct ServeService {
     private let firstExport: String
     private let title: String
     private let registry: ExportRegistry
+    private let snapshots: Snapshots
     private let stopEvent: Descriptor
 
     /// A service for a request.
@@ -61,6 +65,7 @@ public struct ServeService {
     public init(_ request: ServeRequest) throws(BlockError) {
         var rest = request
         rest.exports = []
+        rest.checkpointed = [:]
         self.request = rest
         registry = ExportRegistry(listRules: request.listRules)
         firstExport = request.exports.first?.name ?? ""
@@ -69,6 +74,10 @@ public struct ServeService {
         if number < 0 { throw BlockError(errno: -number, "starting the server") }
         stopEvent = Descriptor(owning: number)
         for export in request.exports { try registry.add(export) }
+        snapshots = Snapshots(
+            registry, scratchDirectory: request.defaults.scratchDirectory ?? NamelessFile.scratchDirectory,
+            reserve: request.defaults.scratchReserve, log: request.log)
+        for (name, disk) in request.checkpointed { snapshots.add(disk, export: name) }
     }
 
     /// Serves until a signal, the last client or the command ends it.
@@ -83,6 +92,7 @@ public struct ServeService {
             left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
+        defer { snapshots.closeAll(server) }
         // With a socket from its parent (libnbd's "[ COMMAND ]" hands one over), standard input is no client. The one
         // client there has no socket that could be shut down: signals end the process as usual.
         if request.usesStandardIO && inherited.isEmpty {
@@ -110,7 +120,9 @@ public struct ServeService {
             if case .unix(let path) = address { cleanUp.insert(path, at: 0) }
         }
         let control = try request.control.map { (address) throws(BlockError) in
-            try ControlServer(address, registry: registry, server: server, defaults: request.defaults, log: request.log)
+            try ControlServer(
+                address, registry: registry, snapshots: snapshots, server: server, defaults: request.defaults,
+                log: request.log)
         }
         if case .unix(let path)? = request.control { cleanUp.append(path) }
         let metrics = try startMetrics(server)
@@ -155,7 +167,7 @@ public struct ServeService {
 
     private func startMetrics(_ server: Server) throws(BlockError) -> MetricsServer? {
         guard let address = request.metrics else { return nil }
-        let (registry, version) = (registry, request.version)
+        let (registry, snapshots, version) = (registry, snapshots, request.version)
         var time = timespec()
         clock_gettime(CLOCK_REALTIME, &time)
         let startTime = Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
@@ -163,6 +175,7 @@ public struct ServeService {
             var text = MetricsText()
             text.add(server, version: version, startTime: startTime)
             text.add(registry.all)
+            text.add(snapshots.snapshots(of: nil))
             text.add(server.clients)
             return text.text
         }

@@ -107,7 +107,7 @@ public final class BlockNodeDevice: BlockDevice {
             let tail = whole.upperBound..<range.upperBound
             if !head.isEmpty { try writeZeros(to: self, head) }
             if !tail.isEmpty { try writeZeros(to: self, tail) }
-            let result = storage.sectorLock.withLock(parts: false) {
+            let result = storage.sectorLock.withLock(alone: false) {
                 dg_block_zero_out(storage.descriptor.number, whole.lowerBound, whole.count64)
             }
             if result == -EOPNOTSUPP || result == -EINVAL {

@@ -29,9 +29,13 @@ public func renameDurably(_ old: String, to new: String) throws(BlockError) {
 
 /// Writes a small file in one step: after a crash it has the old content or the new.
 ///
-/// - Parameter mode: its permissions.
+/// - Parameters:
+///   - mode: its permissions.
+///   - whenWritten: called when the new content is durable and does not have the file's name yet.
 /// - Throws: `BlockError` of the system's reason; a file of that name is then as it was.
-public func writeDurably(_ path: String, _ bytes: [UInt8], mode: UInt32 = 0o600) throws(BlockError) {
+public func writeDurably(
+    _ path: String, _ bytes: [UInt8], mode: UInt32 = 0o600, whenWritten: () -> Void = {}
+) throws(BlockError) {
     let aside = "\(path).partial"
     unlink(aside)
     let file = try Descriptor.open(aside, O_WRONLY | O_CREAT | O_EXCL, mode: mode)
@@ -41,6 +45,7 @@ public func writeDurably(_ path: String, _ bytes: [UInt8], mode: UInt32 = 0o600)
         buffer.copyBytes(from: bytes)
         try writeFully(file.number, UnsafeRawBufferPointer(rebasing: buffer[..<bytes.count]), at: 0, flags: 0)
         if fsync(file.number) < 0 { throw BlockError(errno: errno, "syncing \(aside)") }
+        whenWritten()
         try renameDurably(aside, to: path)
     } catch {
         unlink(aside)

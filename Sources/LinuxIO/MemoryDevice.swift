@@ -12,6 +12,9 @@ public enum NamelessFile {
         return try sized(Descriptor(owning: number), size: size, name: "memory:\(size)")
     }
 
+    /// Where scratch space goes that nobody chose a place for: TMPDIR, or /var/tmp.
+    public static var scratchDirectory: String { getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp" }
+
     /// A writable sparse disk of `size` bytes in a directory, all zeros, that no crash can leave behind.
     public static func scratch(size: UInt64, directory: String) throws(BlockError) -> RawFileDevice {
         do throws(BlockError) {

@@ -33,46 +33,15 @@ func directAlignment(_ descriptor: Int32, name: String) throws(BlockError) -> UI
     return alignment
 }
 
-/// Keeps a sector that is read, changed and written back from losing what others wrote to it meanwhile: changes of
-/// whole sectors run side by side, changes of parts of sectors alone.
-public final class SectorLock: @unchecked Sendable {
-    // Sendable because a pthread lock may be used from every thread, and its address never changes.
-    private let lock: UnsafeMutablePointer<pthread_rwlock_t>
-
-    /// A lock that nobody holds.
-    public init() {
-        lock = .allocate(capacity: 1)
-        lock.initialize(to: pthread_rwlock_t())
-        var attributes = pthread_rwlockattr_t()
-        pthread_rwlockattr_init(&attributes)
-        // A steady stream of whole sectors must not starve a part.
-        pthread_rwlockattr_setkind_np(&attributes, Int32(PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP))
-        pthread_rwlock_init(lock, &attributes)
-        pthread_rwlockattr_destroy(&attributes)
-    }
-
-    deinit {
-        pthread_rwlock_destroy(lock)
-        lock.deallocate()
-    }
-
-    /// Runs a change: alone if it changes parts of sectors.
-    public func withLock<R, E: Error>(parts: Bool, _ body: () throws(E) -> R) throws(E) -> R {
-        if parts { pthread_rwlock_wrlock(lock) } else { pthread_rwlock_rdlock(lock) }
-        defer { pthread_rwlock_unlock(lock) }
-        return try body()
-    }
-}
-
 /// Writes to an O_DIRECT file of `size` bytes. What is not aligned goes through an aligned buffer; parts of sectors are
-/// read, changed and written back.
+/// read, changed and written back, alone, so that nothing that others write to the sector meanwhile is lost.
 func writeDirect(
-    _ file: FileRef, _ bytes: UnsafeRawBufferPointer, at offset: UInt64, size: UInt64, flags: Int32, lock: SectorLock
+    _ file: FileRef, _ bytes: UnsafeRawBufferPointer, at offset: UInt64, size: UInt64, flags: Int32, lock: SharedLock
 ) throws(BlockError) {
     let mask = file.traits.alignment - 1
     let address = UInt64(UInt(bitPattern: bytes.baseAddress))
     let parts = (offset | UInt64(bytes.count)) & mask != 0
-    try lock.withLock(parts: parts) { () throws(BlockError) in
+    try lock.withLock(alone: parts) { () throws(BlockError) in
         if !parts && address & mask == 0 { return try writeFully(file.descriptor, bytes, at: offset, flags: flags) }
         let bounce = Buffer(count: 1 << 20)
         var done = 0

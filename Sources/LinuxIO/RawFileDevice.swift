@@ -143,7 +143,7 @@ public final class RawFileDevice: BlockDevice {
         let parts = (range.lowerBound | range.count64) & (storage.alignment - 1) != 0
         while true {
             // Only writes with O_DIRECT read parts of sectors and write them back.
-            let error = storage.sectorLock.withLock(parts: parts) {
+            let error = storage.sectorLock.withLock(alone: parts) {
                 let result = fallocate(
                     storage.descriptor.number, operation | FALLOC_FL_KEEP_SIZE,
                     off_t(truncatingIfNeeded: range.lowerBound),

@@ -9,8 +9,9 @@ final class RawStorage: Sendable {
     let descriptor: Descriptor
     /// Whether it is open for writing.
     let isWriter: Bool
-    /// Keeps changes of parts of sectors from undoing other changes.
-    let sectorLock = SectorLock()
+    /// Changes of whole sectors run side by side, changes of parts of sectors alone: a sector that is read, changed and
+    /// written back must not lose what others wrote to it meanwhile.
+    let sectorLock = SharedLock()
     private let name: String
     private let size: UInt64
     private let shared: FileRef

@@ -138,24 +138,13 @@ public struct ListeningSocket: Sendable {
         withUnsafeMutableBytes(of: &name.sun_path) { $0.copyBytes(from: path.utf8.prefix($0.count - 1)) }
         let size = UInt32(MemoryLayout<sockaddr_un>.size)
         var result = dg_bind(number, &name, size)
-        if result == -EADDRINUSE && isStale(path, &name) {
+        if result == -EADDRINUSE && isAbandonedSocket(path) {
             unlink(path)
             result = dg_bind(number, &name, size)
         }
         if result < 0 { throw BlockError(errno: -result, doing) }
         if Glibc.listen(number, backlog) < 0 { throw BlockError(errno: errno, doing) }
         return descriptor
-    }
-
-    /// Whether a path was left by a process that is gone: it is a socket and refuses connections. (Files that are no
-    /// sockets refuse connections too.)
-    private static func isStale(_ path: String, _ name: inout sockaddr_un) -> Bool {
-        var status = stat()
-        if lstat(path, &status) < 0 || status.st_mode & S_IFMT != S_IFSOCK { return false }
-        let probe = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue), 0)
-        if probe < 0 { return false }
-        defer { close(probe) }
-        return dg_connect(probe, &name, UInt32(MemoryLayout<sockaddr_un>.size)) == -ECONNREFUSED
     }
 
     private static func listenTCP(_ host: String, _ port: UInt16, _ address: ListenAddress) throws(BlockError)
@@ -200,6 +189,20 @@ public struct ListeningSocket: Sendable {
         if Glibc.listen(number, backlog) < 0 { throw BlockError(errno: errno, doing) }
         return descriptor
     }
+}
+
+/// Whether a path was left by a process that is gone: it is a socket and refuses connections. (Files that are no
+/// sockets refuse connections too.)
+public func isAbandonedSocket(_ path: String) -> Bool {
+    var status = stat()
+    guard path.utf8.count < 108, lstat(path, &status) == 0, status.st_mode & S_IFMT == S_IFSOCK else { return false }
+    var name = sockaddr_un()
+    name.sun_family = sa_family_t(AF_UNIX)
+    withUnsafeMutableBytes(of: &name.sun_path) { $0.copyBytes(from: path.utf8.prefix($0.count - 1)) }
+    let probe = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue), 0)
+    if probe < 0 { return false }
+    defer { close(probe) }
+    return dg_connect(probe, &name, UInt32(MemoryLayout<sockaddr_un>.size)) == -ECONNREFUSED
 }
 
 /// Sets an integer socket option; a failure only costs the improvement that the option brings.

@@ -65,7 +65,7 @@ public struct DiskSpecification: Sendable {
         if let size { device = try ResizedDevice(device, size: size) }
         if let roundedTo { device = try ResizedDevice(device, roundedUpTo: roundedTo) }
         if access == .overlay {
-            let directory = scratchDirectory ?? getenv("TMPDIR").map { String(cString: $0) } ?? "/var/tmp"
+            let directory = scratchDirectory ?? NamelessFile.scratchDirectory
             let scratch = try NamelessFile.scratch(size: device.info.size, directory: directory)
             device = try OverlayDevice(device, scratch: scratch)
         }
@@ -76,6 +76,28 @@ public struct DiskSpecification: Sendable {
                     + "(an overlay keeps what is written in scratch space)")
         }
         return device
+    }
+
+    /// Opens the source for writing, with checkpoints in a directory.
+    ///
+    /// - Parameter log: told what people have to know about the checkpoints.
+    /// - Throws: `BlockError`: the source is none that can be written and told from its earlier states, or of whatever
+    ///   could not be opened.
+    public func openCheckpointed(in directory: String, log: @escaping @Sendable (String) -> Void) throws(BlockError)
+        -> CheckpointedDisk
+    {
+        guard access == .writable, case .path(let path) = source.kind else {
+            throw BlockError(
+                .unsupported,
+                "keeping checkpoints of \(source): only of files and block devices that are opened for writing")
+        }
+        let limits = [
+            ("partition", partition.map(String.init)), ("length", length.map(String.init)),
+            ("size", size.map(String.init)), ("rounded", roundedTo.map(String.init)),
+            ("offset", offset == 0 ? nil : String(offset)),
+        ]
+        let part = limits.compactMap { key, value in value.map { "\(key)=\($0)" } }.joined(separator: " ")
+        return try CheckpointedDisk(try open(), path: path, part: part, directory: directory, log: log)
     }
 
     private func openPartition(_ number: Int, of device: any BlockDevice) throws(BlockError) -> any BlockDevice {
@@ -106,6 +128,15 @@ extension SourceReference {
                 throw BlockError(.invalid, "opening \(self): give seed=NUMBER and allocated=PERCENT%")
             }
             return try PatternDevice(size: size, seed: seed, allocatedShare: percent / 100)
+        case .point(let point):
+            try allow(["repository", "vm", "disk"])
+            if writable {
+                throw BlockError(
+                    .readOnly,
+                    "opening \(self) for writing: a restore point never changes (an overlay keeps what is written in "
+                        + "scratch space)")
+            }
+            return try point.open()
         case .nbd(let uri):
             let device = try NBDDevice.open(uri, isWritable: writable)
             // Its guest may have written what it begins like, and what an image names lies on the server.

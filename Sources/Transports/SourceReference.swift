@@ -15,6 +15,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case memory(size: UInt64)
         /// An export of an NBD server.
         case nbd(NBDURI)
+        /// A disk of a restore point.
+        case point(PointReference)
     }
 
     /// What the reference names.
@@ -29,10 +31,10 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
     /// URI schemes that name sources this version cannot open, and what they would be.
     static let notYet = [
         "hotadd": "a hot-added disk", "san": "a disk on a SAN LUN", "iscsi": "an iSCSI LUN", "vddk": "a VDDK disk",
-        "point": "a restore point",
     ]
 
-    /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, URIs with ?KEY=VALUE&...
+    /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, point:POINT, NBD URIs, with
+    /// ?KEY=VALUE&...
     ///
     /// - Throws: `.invalid` for a malformed reference, `.unsupported` for a scheme that cannot be opened here.
     public init(_ text: String) throws(BlockError) {
@@ -56,6 +58,7 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         switch scheme {
         case "file": kind = .path(try Self.filePath(body, of: text))
         case "pattern": kind = .pattern(size: try ByteCount(String(body)).bytes)
+        case "point": kind = .point(try Self.point(body, parameters, of: text))
         case "memory": kind = .memory(size: try ByteCount(String(body)).bytes)
         default:
             if let what = Self.notYet[scheme] {
@@ -110,6 +113,21 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
             parameters.append((key, isShare ? value + "%" : value))
         }
         return parameters
+    }
+
+    private static func point(_ body: Substring, _ parameters: [(key: String, value: String)], of text: String)
+        throws(BlockError) -> PointReference
+    {
+        func value(_ key: String) -> String? { parameters.last { $0.key == key }?.value }
+        guard let point = decoded(body), !point.isEmpty, let repository = value("repository"), !repository.isEmpty
+        else {
+            throw BlockError(
+                .invalid,
+                "opening \(text): write point:POINT?repository=DIRECTORY, with &vm=VM and &disk=DISK where "
+                    + "there are several")
+        }
+        return PointReference(
+            point: point, repository: repository, machine: value("vm"), disk: value("disk"))
     }
 
     private static func filePath(_ body: Substring, of text: String) throws(BlockError) -> String {

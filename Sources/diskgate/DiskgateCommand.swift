@@ -1,5 +1,6 @@
 // The command: its subcommands, how they fail, and the arguments that several of them share.
 import ArgumentParser
+import Backup
 import Block
 import FoundationEssentials
 import Gateway
@@ -16,17 +17,22 @@ struct DiskgateCommand: ParsableCommand {
         discussion: """
             A SOURCE is a path (disk.raw, disk.qcow2, /dev/sdb) or a URI: file:///PATH?format=raw|qcow2&direct=true\
             &exclusive=true, nbd://HOST/EXPORT and the other NBD URIs (nbds, nbd+unix, nbd+vsock, ...), \
-            pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE. Sizes take K, M, G, T and P (powers \
+            pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE, point:POINT?repository=DIRECTORY&vm=VM&disk=DISK. Sizes take K, M, G, T and P (powers \
             of 1024). Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, \
             2 usage, 3 done but downgraded.
             """,
         version: "0.1.0",
         subcommands: [
             ServeCommand.self, InfoCommand.self, MapCommand.self, CatCommand.self, ChecksumCommand.self,
-            CopyCommand.self, TrustCommand.self, ExportsCommand.self, ClientsCommand.self,
+            CopyCommand.self, TrustCommand.self, ExportsCommand.self, ClientsCommand.self, BackupCommand.self,
+            ProtectCommand.self, UnprotectCommand.self, ResetTrackingCommand.self, DoctorCommand.self,
+            CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
+            PruneCommand.self, PinCommand.self, UnpinCommand.self, FreezeGuardCommand.self, SnapshotCommand.self,
+            CheckpointsCommand.self,
         ])
 
     static func main() {
+        Repository.openPointSources()
         do {
             var command = try parseAsRoot()
             try command.run()

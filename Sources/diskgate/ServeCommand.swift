@@ -39,8 +39,23 @@ struct ServeCommand: ParsableCommand {
     @Flag(help: "Let clients write to scratch space over the source, which stays as it is.")
     var overlay = false
 
-    @Option(help: ArgumentHelp("Where --overlay keeps what is written.", valueName: "directory"))
+    @Option(
+        help: ArgumentHelp(
+            "Where --overlay keeps what is written, and snapshots what is overwritten.", valueName: "directory"))
     var scratch: String?
+
+    @Option(
+        help: ArgumentHelp(
+            "With --writable: keep checkpoints here, so that diskgate snapshot can be used. Nobody else may write "
+                + "the disk meanwhile.",
+            valueName: "directory"))
+    var checkpoints: String?
+
+    @Option(
+        help: ArgumentHelp(
+            "What snapshots leave free where they keep what is overwritten (default: 5 %, at most 1G).",
+            valueName: "bytes"))
+    var scratchReserve: ByteArgument?
 
     @OptionGroup var part: PartArguments
     @OptionGroup var trust: TrustArguments
@@ -114,6 +129,9 @@ struct ServeCommand: ParsableCommand {
 
     func validate() throws {
         if writable && overlay { throw ValidationError("--writable and --overlay exclude each other.") }
+        if checkpoints != nil && !writable && !sources.isEmpty {
+            throw ValidationError("--checkpoints is for exports that clients write to: give --writable.")
+        }
         if sources.isEmpty && control == nil {
             throw ValidationError("Give a source to serve, or --control to add some later.")
         }
@@ -137,7 +155,15 @@ struct ServeCommand: ParsableCommand {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
         for (index, source) in sources.enumerated() {
-            let device = try disk(source).open()
+            let device: any BlockDevice
+            if let checkpoints {
+                let log = request.log
+                let disk = try disk(source).openCheckpointed(in: checkpoints) { log.warning("\($0)") }
+                request.checkpointed[exportName(index)] = disk
+                device = disk.device
+            } else {
+                device = try disk(source).open()
+            }
             request.exports.append(
                 try Export(
                     name: exportName(index), description: index < description.count ? description[index] : "",
@@ -151,6 +177,8 @@ struct ServeCommand: ParsableCommand {
         request.defaults.options = try options()
         request.defaults.imageDirectories = part.imageDirectory
         request.defaults.scratchDirectory = scratch
+        request.defaults.scratchReserve = scratchReserve?.bytes
+        request.defaults.checkpointDirectory = checkpoints
         request.tls = try tls.server(log: request.log)
         request.allowsRemote = tls.isSaidAloud
         if !allowList.isEmpty {

@@ -174,7 +174,7 @@ func stableFile(_ size: UInt64) throws -> (device: RawFileDevice, descriptor: In
         arguments: allModes,
         [FileTraits([]), .tryable])
     func `what moved while it was read is read again`(_ mode: HeaderMode, _ traits: FileTraits) throws {
-        for moves in [1, 3] {
+        for moves in [1, 3, .max] {
             for length in [UInt64(4096), 40_000, 262_144, megabyte] {
                 let device = try MovingDevice(size: Int(megabyte), moves: moves, traits: traits)
                 let client = try TestServer(device).enter(mode)

@@ -49,9 +49,24 @@ import Transports
         #expect(try SourceReference("file://\(path)").kind == .path(path))
     }
 
-    @Test(arguments: ["hotadd:serial=X", "san:wwn=naa.6", "iscsi://h/t", "vddk:x", "point:3"])
+    @Test(arguments: ["hotadd:serial=X", "san:wwn=naa.6", "iscsi://h/t", "vddk:x"])
     func saysWhatCannotBeOpenedYet(text: String) throws {
         try requireError(.unsupported, text) { _ = try SourceReference(text) }
+    }
+
+    @Test func pointsAreNamedWithTheirRepository() throws {
+        let source = try SourceReference("point:2026-11-21?repository=/srv/a%20b&vm=web&disk=vda")
+        let point = PointReference(point: "2026-11-21", repository: "/srv/a b", machine: "web", disk: "vda")
+        #expect(source.kind == .point(point))
+        for text in ["point:3", "point:?repository=/srv", "point:3?repository="] {
+            try requireError(.invalid, text) { _ = try SourceReference(text) }
+        }
+        try requireError(.readOnly, "writing") { _ = try source.open(writable: true) }
+        // Nobody here has said how to open one.
+        try requireError(.unsupported, "opening") { _ = try source.open() }
+        try requireError(.invalid, "a parameter") {
+            _ = try SourceReference("point:3?repository=/srv&format=raw").open()
+        }
     }
 
     @Test func unknownSchemeSaysHowToNameAFile() throws {

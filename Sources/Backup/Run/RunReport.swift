@@ -44,13 +44,15 @@ public struct RunReport: Codable, Sendable {
     public var downgrades: [String] = []
     /// What else the user should know.
     public var warnings: [String] = []
+    /// Points that were removed because no rule keeps them.
+    public var removed: [Int] = []
     /// Why the run failed.
     public var error: String?
 
     /// A restore point as a report names it.
     public struct Point: Codable, Sendable {
         /// Its number in its machine's row of points.
-        public var sequence: UInt64
+        public var sequence: Int
         /// Its UUID.
         public var id: String
         /// The path of its manifest.
@@ -122,6 +124,7 @@ extension RunReport {
         }
         for disk in disks { lines += describe(disk) }
         for other in leftOut { lines.append("left out:    \(other.id): \(other.reason)") }
+        if !removed.isEmpty { lines.append("removed:     points " + removed.map(String.init).joined(separator: ", ")) }
         for downgrade in downgrades { lines.append("downgraded:  \(downgrade)") }
         for warning in warnings { lines.append("warning:     \(warning)") }
         if let error { lines.append("error:       \(error)") }

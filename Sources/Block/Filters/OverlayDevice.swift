@@ -37,30 +37,14 @@ public final class OverlayDevice: BlockDevice {
     }
 
     public var mapVersion: UInt64 { lower.mapVersion }
-
-    /// Calls `body` for the runs of chunks that live on one side, until it returns false or the range is done.
-    ///
-    /// - Returns: the end of what the body took.
-    @inline(__always)
-    private func forEachRun(
-        _ range: Range<UInt64>, _ body: (Range<UInt64>, Bool) throws(BlockError) -> UInt64
-    ) throws(BlockError) -> UInt64 {
-        var position = range.lowerBound
-        let limit = copied.chunk(of: range.upperBound - 1) + 1
-        while position < range.upperBound {
-            let (isCopied, runEnd) = copied.run(from: copied.chunk(of: position), limit: limit)
-            let end = min(UInt64(runEnd) * Self.chunkSize, range.upperBound)
-            let done = try body(position..<end, isCopied)
-            if done < end { return done }
-            position = end
-        }
-        return position
+    public func holdingMap(of range: Range<UInt64>, _ body: () throws(BlockError) -> Void) throws(BlockError) {
+        try lower.holdingMap(of: range, body)
     }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64
     {
-        try forEachRun(range) { (part, isCopied) throws(BlockError) -> UInt64 in
+        try copied.forEachRun(range) { (part, isCopied) throws(BlockError) -> UInt64 in
             try (isCopied ? scratch : lower).map(part, patience, into: &extents)
         }
     }
@@ -71,7 +55,7 @@ public final class OverlayDevice: BlockDevice {
         if case .dirtyBitmap = context {
             throw BlockError(.invalid, "asking \(info.name) for a dirty bitmap: an overlay has none")
         }
-        return try forEachRun(range) { (part, isCopied) throws(BlockError) -> UInt64 in
+        return try copied.forEachRun(range) { (part, isCopied) throws(BlockError) -> UInt64 in
             switch (context, isCopied) {
             case (.depth, true): return list.append(part.count64, 1) ? part.upperBound : part.lowerBound
             case (.depth, false): return try lowerDepth(of: part, into: &list)

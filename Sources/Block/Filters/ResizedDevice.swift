@@ -40,6 +40,14 @@ public final class ResizedDevice: BlockDevice {
     }
 
     public var mapVersion: UInt64 { lower.mapVersion }
+    public func holdingMap(of range: Range<UInt64>, _ body: () throws(BlockError) -> Void) throws(BlockError) {
+        let part = inside(range)
+        if part.isEmpty { try body() } else { try lower.holdingMap(of: part, body) }
+    }
+    public func isPrompt(toWrite range: Range<UInt64>) -> Bool {
+        let part = inside(range)
+        return part.isEmpty || lower.isPrompt(toWrite: part)
+    }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64

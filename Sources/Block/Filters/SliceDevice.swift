@@ -39,6 +39,10 @@ public final class SliceDevice: BlockDevice {
     }
 
     public var mapVersion: UInt64 { lower.mapVersion }
+    public func holdingMap(of range: Range<UInt64>, _ body: () throws(BlockError) -> Void) throws(BlockError) {
+        try lower.holdingMap(of: moved(range), body)
+    }
+    public func isPrompt(toWrite range: Range<UInt64>) -> Bool { lower.isPrompt(toWrite: moved(range)) }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64

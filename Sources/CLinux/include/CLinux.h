@@ -59,7 +59,6 @@ int dg_set_close_on_exec(int fd);
 int dg_memfd(const char *name);
 // open(2) with a mode, which Swift sees as variadic.
 int dg_open(const char *path, int flags, unsigned mode);
-
 unsigned dg_device_major(uint64_t device);
 unsigned dg_device_minor(uint64_t device);
 

@@ -12,7 +12,7 @@ final class RemoteExport: ByteSource {
     private let block: UInt64
     private let pieceMax: UInt64
     // Keeps parts of blocks that are read, changed and written back from losing what others wrote meanwhile.
-    private let blockLock = SectorLock()
+    private let blockLock = SharedLock()
 
     /// Pieces of one long read or write on their way at once.
     private static let windowMax = 8
@@ -178,7 +178,7 @@ final class RemoteExport: ByteSource {
 
     private func withBlocks(parts: Bool, _ body: () throws(BlockError) -> Void) throws(BlockError) {
         if block == 1 { return try body() }
-        try blockLock.withLock(parts: parts, body)
+        try blockLock.withLock(alone: parts, body)
     }
 
     /// Reads blocks, changes a part of them, and writes them back.

@@ -46,7 +46,9 @@ extension Connection where Link: ~Copyable {
         }
         throttle(request.length)
         let durable = request.flags.contains(.fua)
-        let isPrompt = export.info.writesArePrompt && !durable && export.options.writeDelayMS == 0
+        let isPrompt =
+            export.info.writesArePrompt && !durable && export.options.writeDelayMS == 0
+            && device.isPrompt(toWrite: range)
         let count = Int(request.length)
         if isPrompt && count <= inputEnd - inputStart {
             let bytes = UnsafeRawBufferPointer(rebasing: input[inputStart..<(inputStart + count)])

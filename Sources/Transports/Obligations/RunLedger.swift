@@ -72,12 +72,17 @@ public final class RunLedger: Sendable {
 
     /// Takes over the ledgers of runs that are over: those whose lock is free.
     ///
+    /// - Parameter machine: only those of this machine; nil for all.
     /// - Throws: `BlockError` when the directory or one of its files cannot be read.
-    public static func takeAbandoned(stateDirectory: String) throws(BlockError) -> [RunLedger] {
+    public static func takeAbandoned(stateDirectory: String, machine: String? = nil) throws(BlockError)
+        -> [RunLedger]
+    {
         var ledgers: [RunLedger] = []
         for path in try files(in: stateDirectory) {
             guard let (lock, run, state) = try load(path, locking: true), let lock else { continue }
-            ledgers.append(RunLedger(run: run, path: path, lock: lock, state: state))
+            if machine == nil || run.machine == machine {
+                ledgers.append(RunLedger(run: run, path: path, lock: lock, state: state))
+            }
         }
         return ledgers
     }

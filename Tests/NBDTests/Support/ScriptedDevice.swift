@@ -90,7 +90,7 @@ final class ScriptedDevice: BlockDevice {
 }
 
 /// A device whose bytes move while they are read: the first maps of it point at bytes that are garbage by the time
-/// anybody reads them, and its version says so.
+/// anybody reads them, and its version says so. It holds still for those who ask it to.
 final class MovingDevice: BlockDevice {
     let info: DeviceInfo
     private let stale: FileRef
@@ -98,8 +98,9 @@ final class MovingDevice: BlockDevice {
     private let files: [Descriptor]
     private let version = Atomic<UInt64>(0)
     private let movesLeft: Atomic<Int>
+    private let holders = Atomic<Int>(0)
 
-    /// A device that moves this many times. Its bytes are 0x11; what was there before is 0xEE.
+    /// A device that moves this many times, `Int.max` for one that never rests. Its bytes are 0x11; what was there before is 0xEE.
     init(size: Int, moves: Int, traits: FileTraits, directory: String = "/var/tmp") throws {
         info = DeviceInfo(size: UInt64(size), format: "raw", name: "moving")
         files = try [UInt8(0xEE), 0x11].map { value in
@@ -117,10 +118,17 @@ final class MovingDevice: BlockDevice {
 
     func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError) -> UInt64
     {
-        let moves = movesLeft.subtract(1, ordering: .sequentiallyConsistent).newValue >= 0
+        let isHeld = holders.load(ordering: .sequentiallyConsistent) > 0
+        let moves = !isHeld && movesLeft.subtract(1, ordering: .sequentiallyConsistent).newValue >= 0
         if moves { version.add(1, ordering: .sequentiallyConsistent) }
         _ = extents.append(range.count64, .file(moves ? stale : current, offset: range.lowerBound))
         return range.upperBound
+    }
+
+    func holdingMap(of range: Range<UInt64>, _ body: () throws(BlockError) -> Void) throws(BlockError) {
+        holders.add(1, ordering: .sequentiallyConsistent)
+        defer { holders.subtract(1, ordering: .sequentiallyConsistent) }
+        try body()
     }
 }
 

@@ -1,0 +1,107 @@
+// Removes points that no rule keeps: decides, locks, marks; PointRemoval does the work and can be taken up again.
+public import Block
+import Glibc
+public import LinuxIO
+
+/// What pruning has decided on a point.
+public struct PruneDecision: Sendable {
+    /// The point.
+    public var point: RestorePoint
+    /// Why it stays; empty when it goes.
+    public var reasons: [String]
+    /// Whether it goes.
+    public var isRemoved: Bool { reasons.isEmpty }
+    /// The number of the point that takes over what it holds; nil when nobody needs it, or it stays.
+    public var into: Int?
+}
+
+extension Repository {
+    /// Finishes removals that a crash has interrupted, of one machine.
+    ///
+    /// - Parameter lock: of `lockMachine`.
+    /// - Returns: the points that are removed now.
+    /// - Throws: `BlockError` when one cannot be finished; it stays begun.
+    public func finishRemovals(of machine: RepositoryMachine, holding lock: FileLock) throws(BlockError)
+        -> [RestorePoint]
+    {
+        try check(lock, machine)
+        let doomed = try doomed(of: machine)
+        for point in doomed {
+            // Nobody can open it any more; whoever tries holds the lock for a moment only.
+            let own = try FileLock.take(layout(machine).pointLock(point.sequence), wait: true)
+            defer { withExtendedLifetime(own) {} }
+            try PointRemoval(self, point).run()
+        }
+        return doomed
+    }
+
+    /// Whether removals of a machine were begun and not finished.
+    ///
+    /// - Throws: `BlockError` when the repository cannot be read.
+    public func hasUnfinishedRemovals(of machine: RepositoryMachine) throws(BlockError) -> Bool {
+        try !doomed(of: machine).isEmpty
+    }
+
+    /// Removes the points of a machine that no rule keeps, the oldest first. Points that are pinned or open somewhere
+    /// stay, and so does the newest.
+    ///
+    /// - Parameters:
+    ///   - lock: of `lockMachine`.
+    ///   - isDryRun: whether only to tell what would be done.
+    ///   - willRemove: called before each removal.
+    /// - Returns: what became of each point, in order.
+    /// - Throws: `.invalid` for a rule that keeps nothing, or `BlockError` when a removal fails; it can be finished
+    ///   later.
+    public func prune(
+        _ machine: RepositoryMachine, keeping rule: RetentionRule, holding lock: FileLock, isDryRun: Bool = false,
+        willRemove: (PruneDecision) -> Void = { _ in }
+    ) throws(BlockError) -> [PruneDecision] {
+        try rule.check()
+        try check(lock, machine)
+        if !isDryRun { _ = try finishRemovals(of: machine, holding: lock) }
+        let points = try points(of: machine)
+        var reasons = rule.reasons(for: points)
+        if let newest = points.last, reasons[newest.sequence] == nil { reasons[newest.sequence] = ["newest"] }
+        var decisions: [PruneDecision] = []
+        for point in points {
+            var decision = PruneDecision(point: point, reasons: reasons[point.sequence] ?? [])
+            if try marks(of: point).contains(where: { $0.kind == .pinned }) { decision.reasons.append("pinned") }
+            if decision.isRemoved { try remove(&decision, isDryRun: isDryRun, willRemove) }
+            decisions.append(decision)
+        }
+        return decisions
+    }
+
+    private func check(_ lock: FileLock, _ machine: RepositoryMachine) throws(BlockError) {
+        guard lock.path == layout(machine).machineLock else {
+            throw BlockError(.invalid, "pruning \(machine.name): \(lock.path) is not its lock")
+        }
+    }
+
+    private func remove(
+        _ decision: inout PruneDecision, isDryRun: Bool, _ willRemove: (PruneDecision) -> Void
+    ) throws(BlockError) {
+        let point = decision.point
+        guard let own = try FileLock.take(layout(point.machine).pointLock(point.sequence)) else {
+            decision.reasons = ["in use"]
+            return
+        }
+        defer { withExtendedLifetime(own) {} }
+        // Between the decision and the lock it may have been pinned.
+        if try marks(of: point).contains(where: { $0.kind == .pinned }) {
+            decision.reasons = ["pinned"]
+            return
+        }
+        // What the removal of earlier points has changed counts.
+        let now = try self.point(inManifest: point.path, of: point.machine)
+        decision.into = try points(of: point.machine).first { next in
+            next.manifest.disks.contains { $0.base == point.sequence }
+        }?.sequence
+        if isDryRun { return }
+        willRemove(decision)
+        let doomed = "\(point.path)\(Self.doomedEnding)"
+        try renameDurably(point.path, to: doomed)
+        Step.reached("prune.marked")
+        try PointRemoval(self, RestorePoint(manifest: now.manifest, machine: point.machine, path: doomed)).run()
+    }
+}

@@ -1,0 +1,260 @@
+// Looks whether restore points are what they were when they were made: manifests, lineage, files, every hash.
+public import Block
+import FoundationEssentials
+import Glibc
+import LinuxIO
+
+/// Something that is wrong in a repository.
+public struct VerificationProblem: Codable, Sendable {
+    /// The machine's name.
+    public var machine: String
+    /// The point's number, where it concerns one.
+    public var point: Int?
+    /// The disk's id, where it concerns one.
+    public var disk: String?
+    /// The file, where it is one file.
+    public var file: String?
+    /// The chunk's offset on the disk, in bytes, where it is one chunk.
+    public var offset: UInt64?
+    /// What is wrong.
+    public var problem: String
+}
+
+/// What a verification has found.
+public struct VerificationReport: Codable, Sendable {
+    /// Points that were looked at.
+    public var points = 0
+    /// Bytes whose hashes were compared.
+    public var bytes: UInt64 = 0
+    /// What is wrong; empty when all is well.
+    public var problems: [VerificationProblem] = []
+    /// What is worth knowing and not wrong: suspect points, files of interrupted runs, points being removed.
+    public var notes: [String] = []
+}
+
+/// A verification of points of one machine.
+struct Verification {
+    /// Problems of one disk that are listed one by one.
+    static let problemsPerDiskMax = 100
+
+    let repository: Repository
+    let machine: RepositoryMachine
+    let progress: (UInt64) -> Void
+    private(set) var report = VerificationReport()
+    private let layout: MachineLayout
+
+    init(_ repository: Repository, _ machine: RepositoryMachine, progress: @escaping (UInt64) -> Void) {
+        self.repository = repository
+        self.machine = machine
+        self.progress = progress
+        layout = repository.layout(machine)
+    }
+
+    /// Verifies all points, or one with everything it needs.
+    mutating func run(only: RestorePoint?) throws(BlockError) {
+        // No file changes its name meanwhile.
+        let names = try repository.lockNames(of: machine)
+        defer { withExtendedLifetime(names) {} }
+        var points: [RestorePoint] = []
+        for name in try repository.manifestNames(of: machine) {
+            let path = "\(layout.points)/\(name)"
+            do throws(BlockError) {
+                let point = try repository.point(inManifest: path, of: machine)
+                if sequence(ofName: name) != point.sequence {
+                    add("its name has another number than its content, \(point.sequence)", file: path)
+                }
+                points.append(point)
+            } catch { add(error.message, point: sequence(ofName: name), file: path) }
+        }
+        points.sort { $0.sequence < $1.sequence }
+        for (one, next) in zip(points, points.dropFirst()) where one.sequence == next.sequence {
+            add("two points have this number", point: one.sequence, file: next.path)
+        }
+        let chosen = only.map { only in points.filter { $0.uuid == only.uuid } } ?? points
+        for point in chosen { try verify(point, among: points, isOnly: only != nil) }
+        if only == nil { try noteLeftovers(points) }
+    }
+
+    private mutating func add(
+        _ problem: String, point: Int? = nil, disk: String? = nil, file: String? = nil, offset: UInt64? = nil
+    ) {
+        report.problems.append(
+            VerificationProblem(
+                machine: machine.name, point: point, disk: disk, file: file, offset: offset, problem: problem))
+    }
+
+    private mutating func verify(_ point: RestorePoint, among points: [RestorePoint], isOnly: Bool) throws(BlockError) {
+        report.points += 1
+        let lock: FileLock?
+        do throws(BlockError) { lock = try repository.lockPoint(point) } catch {
+            if error.kind != .denied { throw error }
+            report.notes.append("\(point.description) is being removed")
+            return
+        }
+        defer { withExtendedLifetime(lock) {} }
+        for mark in try repository.marks(of: point) where mark.kind == .suspect {
+            report.notes.append("\(point.description) is suspect since \(mark.since): \(mark.reason)")
+        }
+        try verifyManifest(point, among: points)
+        for document in point.manifest.documents {
+            verifyFile(layout.document(document.content.file), document.content, point)
+        }
+        for disk in point.manifest.disks {
+            let sidecar = layout.hashes(disk.directory, disk.hashes.file)
+            guard verifyFile(sidecar, disk.hashes, point, disk: disk.id) else { continue }
+            do throws(BlockError) {
+                try verifyDisk(disk, of: point, isWhole: isOnly || repository.driver == .reflink)
+            } catch { add(error.message, point: point.sequence, disk: disk.id) }
+        }
+    }
+
+    private mutating func verifyManifest(_ point: RestorePoint, among points: [RestorePoint]) throws(BlockError) {
+        let manifest = point.manifest
+        if try !manifest.hasValidChecksum() {
+            add(
+                "the manifest was changed after it was written: its checksum is not that of its content",
+                point: point.sequence, file: point.path)
+        }
+        if try manifest.computedRoot() != manifest.root {
+            add("the root is not that of the sidecars, documents and parent", point: point.sequence, file: point.path)
+        }
+        for disk in manifest.disks where manifest.merged.isEmpty && disk.sealedHashes != disk.hashes.sha256 {
+            add("the sidecar is not the one that it was sealed with", point: point.sequence, disk: disk.id)
+        }
+        if manifest.machine.id != machine.id {
+            add("it is a point of another machine, \(manifest.machine.name)", point: point.sequence, file: point.path)
+        }
+        guard let parent = manifest.parent else { return }
+        if let above = points.first(where: { $0.uuid == parent.uuid }) {
+            if above.manifest.root != parent.root {
+                add(
+                    "it was made on top of point \(above.sequence) when that had another root", point: point.sequence,
+                    file: point.path)
+            }
+        } else if let other = points.first(where: { $0.sequence == parent.sequence }) {
+            add(
+                "it was made on top of point \(parent.sequence) with the UUID \(parent.uuid), which is now another "
+                    + "one, \(other.uuid)", point: point.sequence, file: point.path)
+        }
+    }
+
+    /// Compares a file with what the manifest says of it.
+    @discardableResult
+    private mutating func verifyFile(
+        _ path: String, _ expected: PointManifest.File, _ point: RestorePoint, disk: String? = nil
+    ) -> Bool {
+        do throws(BlockError) {
+            let found = try sha256(ofFile: path)
+            if found == (expected.sha256, expected.bytes) { return true }
+            add(
+                "the file is not the one that the manifest names (SHA-256)", point: point.sequence, disk: disk,
+                file: path)
+        } catch { add(error.message, point: point.sequence, disk: disk, file: path) }
+        return false
+    }
+
+    // MARK: Data
+
+    private mutating func verifyDisk(_ disk: PointManifest.Disk, of point: RestorePoint, isWhole: Bool)
+        throws(BlockError)
+    {
+        let links = try repository.chain(of: disk.id, at: point)
+        if repository.driver == .qcow2 { try verifyHeader(links, of: point) }
+        let chain = try HashChain(links)
+        let device = try repository.open(point, disk: disk.id)
+        let check = DiskCheck(device: device, chain: chain, isWhole: isWhole)
+        let (bytes, findings, count) = try check.run(progress)
+        report.bytes += bytes
+        for finding in findings {
+            add(
+                finding.problem, point: point.sequence, disk: disk.id,
+                file: finding.link?.data ?? links[0].data, offset: finding.offset)
+        }
+        if count > findings.count {
+            add("\(count - findings.count) more chunks are wrong", point: point.sequence, disk: disk.id)
+        }
+    }
+
+    /// Looks whether an image is backed by what the manifest says.
+    private mutating func verifyHeader(_ links: [ChainLink], of point: RestorePoint) throws(BlockError) {
+        guard let own = links.first, let path = own.data else { return }
+        // A doomed point's file that is gone has become this point's.
+        var expected = own.disk.base.map { dataName($0, .qcow2) }
+        for link in links.dropFirst() where link.isDoomed && link.data == nil {
+            expected = link.disk.base.map { dataName($0, .qcow2) }
+        }
+        let header = try BackingName.read(from: path)
+        if header != expected {
+            add(
+                "the image is backed by \(header ?? "nothing"), not by \(expected ?? "nothing")", point: point.sequence,
+                disk: own.disk.id, file: path)
+        }
+    }
+
+    /// Files that belong to no point are told of; they do no harm.
+    private mutating func noteLeftovers(_ points: [RestorePoint]) throws(BlockError) {
+        let doomed = try repository.doomed(of: machine)
+        for point in doomed {
+            report.notes.append("removing \(point.description) was interrupted; diskgate prune or doctor finishes it")
+        }
+        let known = Set((points + doomed).map(\.sequence))
+        var directories = [layout.documents, layout.points]
+        for name in try namesIfThere(layout.disks) { directories.append(layout.disk(name)) }
+        for directory in directories {
+            for name in try namesIfThere(directory) {
+                guard let number = sequence(ofName: name) else { continue }
+                if known.contains(number) && !name.hasSuffix(".partial") { continue }
+                if directory == layout.points && name.hasSuffix(".json") { continue }
+                report.notes.append("\(directory)/\(name) belongs to no point: a run is going on, or was interrupted")
+            }
+        }
+    }
+}
+
+/// The name of the backing file in a qcow2 image's header (docs/interop/qcow2.txt of QEMU).
+private enum BackingName {
+    static func read(from path: String) throws(BlockError) -> String? {
+        let file = try RawFileDevice.open(path)
+        let count = Int(min(file.info.size, 65536))
+        if count < 72 { throw BlockError(.corrupt, "reading \(path): it is no qcow2 image") }
+        let buffer = Buffer(count: count)
+        try file.read(into: buffer.bytes, at: 0)
+        let bytes = buffer.readable
+        if bytes.bigEndian(0, as: UInt32.self) != 0x5146_49FB {
+            throw BlockError(.corrupt, "reading \(path): it is no qcow2 image")
+        }
+        let offset = bytes.bigEndian(8, as: UInt64.self)
+        let length = Int(bytes.bigEndian(16, as: UInt32.self))
+        if offset == 0 { return nil }
+        guard offset < UInt64(count), length <= count - Int(offset) else {
+            throw BlockError(.corrupt, "reading \(path): the backing file's name lies outside the header")
+        }
+        return String(decoding: bytes[Int(offset)..<(Int(offset) + length)], as: UTF8.self)
+    }
+}
+
+extension Repository {
+    /// Verifies points: manifests, lineage, sidecars, backing links, and every hash against the data as it is read
+    /// through the chain. Of all points together, each chunk is read once, where it is stored; of one point alone, all
+    /// that it reads as is.
+    ///
+    /// - Parameters:
+    ///   - machine: nil for all machines.
+    ///   - point: nil for all points.
+    ///   - progress: gets the bytes done with each step.
+    /// - Throws: `BlockError` when the repository itself cannot be read; what is wrong in it is in the report.
+    public func verify(
+        _ machine: RepositoryMachine?, point: RestorePoint? = nil, progress: @escaping (UInt64) -> Void = { _ in }
+    ) throws(BlockError) -> VerificationReport {
+        var report = VerificationReport()
+        for machine in try chosen(machine) {
+            var verification = Verification(self, machine, progress: progress)
+            try verification.run(only: point)
+            report.points += verification.report.points
+            report.bytes += verification.report.bytes
+            report.problems += verification.report.problems
+            report.notes += verification.report.notes
+        }
+        return report
+    }
+}

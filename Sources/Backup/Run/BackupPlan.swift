@@ -1,0 +1,63 @@
+// What a run will do: which disks take part, and how much of each has to be read, and why.
+import Block
+import Hypervisors
+
+/// The levels of a run's disks, decided before anything is touched.
+struct BackupPlan {
+    /// A disk and what is wanted of it.
+    struct Disk {
+        var disk: VirtualDisk
+        /// The checkpoint since which changes are wanted; nil for all of the disk.
+        var since: String?
+        /// Why all of it is wanted.
+        var reason: String?
+        /// Whether that is less than what the user asked for.
+        var isDowngrade = false
+    }
+
+    /// The disks that take part, in the machine's order.
+    var disks: [Disk]
+    /// The disks that do not.
+    var leftOut: [(disk: VirtualDisk, reason: String)]
+
+    /// Decides on the levels.
+    ///
+    /// - Parameters:
+    ///   - last: the newest point of the machine; nil where there is none.
+    ///   - problem: what keeps a disk of that point from being built upon; nil where nothing does.
+    init(
+        _ machine: VirtualMachine, _ request: BackupRequest, last: RestorePoint?,
+        problem: (_ disk: PointManifest.Disk) -> String?
+    ) throws(BlockError) {
+        let (chosen, others) = try request.disks.choose(from: machine)
+        leftOut = others
+        disks = []
+        for disk in chosen {
+            disks.append(Self.level(of: disk, request, last, problem))
+        }
+    }
+
+    private static func level(
+        of disk: VirtualDisk, _ request: BackupRequest, _ last: RestorePoint?,
+        _ problem: (PointManifest.Disk) -> String?
+    ) -> Disk {
+        if request.isFull { return Disk(disk: disk, reason: "asked for") }
+        guard let last else { return Disk(disk: disk, reason: "the machine's first point") }
+        guard let before = last.manifest.disk(disk.id) else {
+            return Disk(disk: disk, reason: "the disk is not in point \(last.sequence)")
+        }
+        func downgraded(_ reason: String) -> Disk { Disk(disk: disk, reason: reason, isDowngrade: true) }
+        if before.size != disk.size {
+            return downgraded("it had \(before.size) bytes in point \(last.sequence) and has \(disk.size) now")
+        }
+        guard let checkpoint = before.checkpoint else {
+            return downgraded(disk.trackingObstacle ?? "point \(last.sequence) has no checkpoint of it")
+        }
+        guard disk.checkpoints.contains(checkpoint) else {
+            return downgraded(
+                "the checkpoint \(checkpoint) of point \(last.sequence) is not there any more, or is not consistent")
+        }
+        if let problem = problem(before) { return downgraded(problem) }
+        return Disk(disk: disk, since: checkpoint)
+    }
+}

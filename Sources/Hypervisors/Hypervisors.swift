@@ -1,0 +1,52 @@
+// Opens a virtual machine by its URI: the scheme says which hypervisor is asked.
+public import Block
+
+/// The hypervisors that diskgate knows.
+public enum Hypervisors {
+    /// The forms of URIs of machines, for people.
+    static let forms = "qmp+unix:PATH, qmp+tcp:HOST:PORT or libvirt:URI/DOMAIN"
+
+    /// URI schemes of hypervisors that this version does not know, and what they are.
+    private static let notYet = ["vsphere": "vSphere", "scp": "Sangfor SCP"]
+
+    /// Opens a machine: `qmp+unix:PATH[?agent=PATH]`, `qmp+tcp:HOST:PORT?nbd=HOST:PORT&scratch=DIRECTORY[...]`,
+    /// `libvirt:URI/DOMAIN`. Nothing is asked of the hypervisor yet.
+    ///
+    /// - Throws: `.invalid` for a malformed URI, `.unsupported` for hypervisors of later versions.
+    public static func open(_ text: String) throws(BlockError) -> any Provider {
+        if text.hasPrefix("libvirt:") { return LibvirtProvider(try LibvirtPlace(text)) }
+        let uri = try MachineURI(text)
+        switch uri.scheme {
+        case "qmp+unix", "qmp+tcp": return QEMUProvider(try QEMUPlace(uri))
+        default:
+            if let name = notYet[uri.scheme] {
+                throw BlockError(
+                    .unsupported, "opening the machine \(text): \(name) is not known to this version of diskgate")
+            }
+            throw uri.bad("\(uri.scheme): is no hypervisor; give \(forms)")
+        }
+    }
+}
+
+/// Names of what diskgate makes on a hypervisor. By them it tells its own things from those of others.
+enum OwnName {
+    /// What all checkpoints of diskgate begin with.
+    static let prefix = "diskgate-"
+
+    /// A checkpoint's name with the prefix.
+    static func checkpoint(_ name: String) -> String { name.hasPrefix(prefix) ? name : prefix + name }
+
+    /// Whether a bitmap or checkpoint was made by diskgate.
+    static func isOwn(_ name: String) -> Bool { name.hasPrefix(prefix) }
+
+    /// Whether one checkpoint takes the place of another: both are of the same series, which is what stands before
+    /// the last dash. So two repositories that name their checkpoints REPOSITORY-NUMBER do not touch each other's.
+    static func replaces(_ new: String, _ old: String) -> Bool { new != old && isOwn(old) && series(new) == series(old) }
+
+    private static func series(_ name: String) -> Substring {
+        name.lastIndex(of: "-").map { name[...$0] } ?? ""
+    }
+
+    /// What identifies a run in names that may be at most 31 bytes long: 12 hexadecimal digits of its UUID.
+    static func short(_ run: String) -> String { String(run.filter { $0 != "-" }.prefix(12)) }
+}

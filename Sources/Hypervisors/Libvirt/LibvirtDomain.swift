@@ -1,0 +1,148 @@
+// A domain as libvirt describes it: its disks, its state, its checkpoints.
+import Block
+import LinuxIO
+
+/// What is known of a domain.
+struct LibvirtDomain: Sendable {
+    /// A disk of the domain.
+    struct Disk: Sendable {
+        /// vda, sdb: the target's name.
+        let target: String
+        /// The image's path; empty for what is no file or node.
+        let path: String
+        let format: String
+        let size: UInt64
+        let obstacle: String?
+        var checkpoints: [String] = []
+
+        /// Whether libvirt can keep checkpoints of it.
+        var isTracked: Bool { format == "qcow2" }
+
+        /// The disk in the provider's words.
+        var described: VirtualDisk {
+            var disk = VirtualDisk(id: target, size: size, name: path, format: format)
+            disk.obstacle = obstacle
+            disk.checkpoints = checkpoints
+            if !isTracked { disk.trackingObstacle = "libvirt keeps checkpoints of qcow2 images only" }
+            return disk
+        }
+    }
+
+    let uuid: String
+    let name: String
+    let isRunning: Bool
+    /// `running`, `shut off`, `paused`, ...
+    let state: String
+    let hasAgent: Bool
+    let disks: [Disk]
+    /// User and group that the domain's QEMU runs as, where libvirt says so.
+    let owner: (user: UInt32, group: UInt32)?
+    let nvram: String?
+
+    /// Asks libvirt.
+    ///
+    /// - Throws: `BlockError` when it does not answer, or does not know the domain.
+    init(_ place: LibvirtPlace) throws(BlockError) {
+        let xml = try XMLElement(parsing: place.virsh.run(["dumpxml", place.domain]))
+        state = try place.virsh.run(["domstate", place.domain]).split(separator: "\n").first.map(String.init) ?? ""
+        uuid = xml["uuid"]?.text ?? place.domain
+        name = xml["name"]?.text ?? place.domain
+        isRunning = !["shut off", "crashed", "no state"].contains(state)
+        let devices = xml["devices"]
+        hasAgent =
+            devices?.all("channel").contains {
+                $0["target"]?.attributes["name"] == "org.qemu.guest_agent.0"
+                    && $0["target"]?.attributes["state"] == "connected"
+            } ?? false
+        nvram = xml["os"]?["nvram"]?.text
+        let labels = xml.all("seclabel").first { $0.attributes["model"] == "dac" }?["label"]?.text ?? ""
+        let numbers = labels.split(separator: ":").compactMap { UInt32($0.drop { $0 == "+" }) }
+        owner = numbers.count == 2 ? (numbers[0], numbers[1]) : nil
+        let sizes = try Self.sizes(place)
+        var disks = (devices?.all("disk") ?? []).map { Self.disk($0, sizes) }
+        for (checkpoint, targets) in try Self.checkpoints(place) {
+            for index in disks.indices where targets.contains(disks[index].target) {
+                disks[index].checkpoints.append(checkpoint)
+            }
+        }
+        self.disks = disks
+    }
+
+    private static func disk(_ element: XMLElement, _ sizes: [String: UInt64]) -> Disk {
+        let target = element["target"]?.attributes["dev"] ?? ""
+        let source = element["source"]?.attributes ?? [:]
+        let kind = element.attributes["device"] ?? "disk"
+        let size = sizes[target] ?? 0
+        let obstacle: String? =
+            if kind != "disk" {
+                "it is a \(kind)"
+            } else if element["source"] == nil {
+                "there is no medium in it"
+            } else if element["readonly"] != nil {
+                "the guest cannot write to it"
+            } else if element["transient"] != nil {
+                "it is transient: its changes go when the domain ends"
+            } else if size == 0 || target.isEmpty {
+                "libvirt does not tell its size"
+            } else {
+                nil
+            }
+        return Disk(
+            target: target, path: source["file"] ?? source["dev"] ?? "",
+            format: element["driver"]?.attributes["type"] ?? "raw", size: size, obstacle: obstacle)
+    }
+
+    /// Bytes of each disk, by target.
+    private static func sizes(_ place: LibvirtPlace) throws(BlockError) -> [String: UInt64] {
+        var sizes: [String: UInt64] = [:]
+        for line in try place.virsh.run(["domblkinfo", place.domain, "--all"]).split(separator: "\n") {
+            let words = line.split(separator: " ", omittingEmptySubsequences: true)
+            if words.count >= 2, let size = UInt64(words[1]) { sizes[String(words[0])] = size }
+        }
+        return sizes
+    }
+
+    /// Diskgate's checkpoints, oldest first, and the disks that each has.
+    private static func checkpoints(_ place: LibvirtPlace) throws(BlockError) -> [(String, Set<String>)] {
+        var checkpoints: [(String, Set<String>)] = []
+        for name in try place.checkpointNames() {
+            let text = try place.virsh.run(["checkpoint-dumpxml", place.domain, name, "--no-domain"])
+            let disks = try XMLElement(parsing: text)["disks"]?.all("disk") ?? []
+            let targets = disks.filter { $0.attributes["checkpoint"] == "bitmap" }.compactMap { $0.attributes["name"] }
+            checkpoints.append((name, Set(targets)))
+        }
+        return checkpoints
+    }
+}
+
+extension LibvirtPlace {
+    /// Names of diskgate's checkpoints of the domain, oldest first.
+    func checkpointNames() throws(BlockError) -> [String] {
+        try virsh.run(["checkpoint-list", domain, "--topological", "--name"]).split(separator: "\n")
+            .map { $0.filter { !$0.isWhitespace } }.filter(OwnName.isOwn)
+    }
+
+    /// Removes a checkpoint with its bitmaps; where they are damaged, libvirt's knowledge of it.
+    func deleteCheckpoint(_ name: String) throws(BlockError) {
+        let result = try virsh.attempt(["checkpoint-delete", domain, name])
+        if result.status == 0 || result.errors.contains("no domain checkpoint") { return }
+        if result.errors.contains("inconsistent") || result.errors.contains("not found in") {
+            _ = try virsh.run(["checkpoint-delete", domain, name, "--metadata"])
+            return
+        }
+        let hint = result.errors.contains("not running") ? "; start the machine and try again" : ""
+        throw BlockError(.inputOutput, "removing the checkpoint \(name) of \(self.name): \(result.errors)\(hint)")
+    }
+
+    /// The socket or port of the backup that goes on; nil where there is none.
+    func runningBackup() throws(BlockError) -> String? {
+        let result = try virsh.attempt(["backup-dumpxml", domain])
+        if result.status != 0 {
+            let absent = ["no domain backup job", "not running", "failed to get domain", "Domain not found"]
+            if absent.contains(where: result.errors.contains) { return nil }
+            throw BlockError(.inputOutput, "looking for a backup of \(name): \(result.errors)")
+        }
+        let server = try XMLElement(parsing: result.output)["server"]?.attributes ?? [:]
+        return server["socket"] ?? server["port"] ?? ""
+    }
+}

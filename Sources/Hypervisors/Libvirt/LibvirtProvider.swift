@@ -1,0 +1,58 @@
+// libvirt as a hypervisor: its checkpoints, and its backups in pull mode (virDomainBackupBegin).
+import Block
+import LinuxIO
+import Transports
+
+/// A domain of libvirt.
+final class LibvirtProvider: Provider {
+    let place: LibvirtPlace
+
+    init(_ place: LibvirtPlace) { self.place = place }
+
+    var name: String { place.name }
+
+    func inspect() throws(BlockError) -> VirtualMachine {
+        let domain = try LibvirtDomain(place)
+        var machine = VirtualMachine(id: domain.uuid, name: domain.name, isRunning: domain.isRunning)
+        machine.hasGuestAgent = domain.hasAgent
+        machine.disks = domain.disks.map(\.described)
+        let definition = try place.virsh.run(["dumpxml", place.domain, "--inactive"])
+        machine.documents = [ConfigurationDocument(name: "domain.xml", content: Array(definition.utf8))]
+        if place.isLocal, let nvram = domain.nvram, let bytes = try? readSmallFile(nvram, limit: 64 << 20) {
+            machine.documents.append(ConfigurationDocument(name: "nvram.fd", content: bytes))
+        }
+        return machine
+    }
+
+    func protect() throws(BlockError) -> [String] {
+        let domain = try LibvirtDomain(place)
+        return domain.disks.map { disk in
+            if let obstacle = disk.obstacle { return "\(disk.target): left out: \(obstacle)" }
+            if let obstacle = disk.described.trackingObstacle { return "\(disk.target): full backups only: \(obstacle)" }
+            return "\(disk.target): ready; its changes are recorded from the first backup of the running machine on"
+        }
+    }
+
+    func unprotect() throws(BlockError) -> [String] {
+        var done: [String] = []
+        // Newest first: no checkpoint is removed from below another.
+        for checkpoint in try place.checkpointNames().reversed() {
+            try place.deleteCheckpoint(checkpoint)
+            done.append("removed the checkpoint \(checkpoint)")
+        }
+        return done
+    }
+
+    func resetTracking() throws(BlockError) -> [String] { try unprotect() }
+
+    func begin(_ request: SnapshotRequest, ledger: RunLedger) throws(BlockError) -> any SnapshotSession {
+        let domain = try LibvirtDomain(place)
+        return domain.isRunning
+            ? try LibvirtSnapshot(place, domain, request, ledger).begin()
+            : try LibvirtImages(place, domain, request)
+    }
+
+    func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {
+        try LibvirtRelease(place).settle(obligation, adopted: adopted)
+    }
+}

@@ -1,0 +1,53 @@
+// `diskgate doctor`: what crashed runs have left behind, and its undoing.
+import ArgumentParser
+import Backup
+import Block
+import Transports
+
+struct DoctorCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "doctor",
+        abstract: "List what crashed runs have left behind, and give it back.",
+        discussion: """
+            Without --fix it only lists. Runs that are going on are shown, and never touched. The exit status is 1 when \
+            something is left behind.
+            """)
+
+    @Flag(help: "Give back what runs that are over have left: bitmaps, exports, scratch files, half-made points.")
+    var fix = false
+
+    @Option(help: ArgumentHelp("Only runs of this machine.", valueName: "machine"))
+    var vm: String?
+
+    @OptionGroup var state: StateArguments
+    @OptionGroup var report: ReportArguments
+
+    func run() throws {
+        let doctor = Doctor(stateDirectory: state.directory)
+        let findings = fix ? try doctor.fix(machine: vm) : try doctor.list(machine: vm)
+        if report.json { try printJSON(findings) } else { show(findings) }
+        let isLeft = findings.contains { !$0.isGoingOn && (!$0.obligations.isEmpty || !$0.problems.isEmpty) }
+        if isLeft { throw ExitCode(1) }
+    }
+
+    private func show(_ findings: [Doctor.Finding]) {
+        if findings.isEmpty { return print("nothing is left behind in \(state.directory)") }
+        for finding in findings {
+            let going = finding.isGoingOn ? ", going on in process \(finding.run.process)" : ""
+            print("run \(finding.run.id) of \(finding.run.machine)\(going)")
+            for obligation in finding.settled { print("  given back: \(describe(obligation))") }
+            for obligation in finding.obligations {
+                print("  \(finding.isGoingOn ? "in use" : "left"): \(describe(obligation))")
+            }
+            for problem in finding.problems { print("  problem: \(problem)") }
+            if !finding.isGoingOn && !finding.obligations.isEmpty && !fix {
+                print("  give it back with: diskgate doctor --fix --state-directory \(state.directory)")
+            }
+        }
+    }
+
+    private func describe(_ obligation: Obligation) -> String {
+        let details = obligation.details.sorted { $0.key < $1.key }.map { "\($0.key) \($0.value)" }
+        return ([obligation.kind] + details).joined(separator: ", ")
+    }
+}

@@ -1,0 +1,90 @@
+// `diskgate prune`: removes restore points that no rule keeps, without writing any other point anew.
+import ArgumentParser
+import Backup
+import Block
+
+struct PruneCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "prune", abstract: "Remove restore points that no rule keeps.",
+        discussion: """
+            A point is kept when one of the rules keeps it, when it is pinned or open somewhere, and when it is the \
+            newest. Days, weeks (from Monday), months and years are those of UTC; each keeps its newest point. What a \
+            removed point holds and the next one needs goes into that one, in place.
+            """)
+
+    @OptionGroup var repository: RepositoryArguments
+    @OptionGroup var report: ReportArguments
+
+    @Argument(help: "A machine; default: all.")
+    var vm: String?
+
+    @Option(help: ArgumentHelp("Keep so many of the newest points.", valueName: "n"))
+    var keepLast = 0
+
+    @Option(help: ArgumentHelp("Keep the newest point of so many days.", valueName: "n"))
+    var keepDaily = 0
+
+    @Option(help: ArgumentHelp("Keep the newest point of so many weeks.", valueName: "n"))
+    var keepWeekly = 0
+
+    @Option(help: ArgumentHelp("Keep the newest point of so many months.", valueName: "n"))
+    var keepMonthly = 0
+
+    @Option(help: ArgumentHelp("Keep the newest point of so many years.", valueName: "n"))
+    var keepYearly = 0
+
+    @Flag(help: "Only tell what would be done.")
+    var dryRun = false
+
+    @Flag(help: "Wait for a backup of the machine that is going on.")
+    var wait = false
+
+    private struct Report: Encodable {
+        var point: PointReport
+        var removed: Bool
+        var reasons: [String]
+        var mergedInto: Int?
+    }
+
+    func validate() throws {
+        let counts = [keepLast, keepDaily, keepWeekly, keepMonthly, keepYearly]
+        if counts.contains(where: { $0 < 0 }) { throw ValidationError("Counts are not below 0.") }
+        if counts.allSatisfy({ $0 == 0 }) { throw ValidationError("Say what to keep: --keep-last, --keep-daily, ...") }
+    }
+
+    func run() throws {
+        let repository = try repository.open()
+        var rule = RetentionRule()
+        (rule.last, rule.daily, rule.weekly, rule.monthly, rule.yearly) = (
+            keepLast, keepDaily, keepWeekly, keepMonthly, keepYearly
+        )
+        var reports: [Report] = []
+        let machines = try vm.map { [try repository.machine(named: $0)] } ?? repository.machines()
+        for machine in machines {
+            let lock = try repository.lockMachine(machine, wait: wait)
+            let decisions = try repository.prune(machine, keeping: rule, holding: lock, isDryRun: dryRun) { decision in
+                writeError("diskgate: removing \(decision.point.description)")
+            }
+            withExtendedLifetime(lock) {}
+            for decision in decisions {
+                reports.append(
+                    Report(
+                        point: PointReport(decision.point), removed: decision.isRemoved, reasons: decision.reasons,
+                        mergedInto: decision.into))
+                if !report.json { print(decision) }
+            }
+        }
+        if report.json { try printJSON(reports) }
+    }
+
+    private func print(_ decision: PruneDecision) {
+        let what: String
+        if decision.isRemoved {
+            let target = decision.into.map { ", merged into point \($0)" } ?? ""
+            what = (dryRun ? "would be removed" : "removed") + target
+        } else {
+            what = "kept: " + decision.reasons.joined(separator: ", ")
+        }
+        Swift.print("\(decision.point.description): \(what)")
+    }
+}

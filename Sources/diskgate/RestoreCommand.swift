@@ -1,0 +1,130 @@
+// `diskgate restore`: disks of a restore point to files, block devices or NBD exports.
+import ArgumentParser
+import Backup
+import Block
+import Glibc
+import LinuxIO
+
+struct RestoreCommand: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "restore", abstract: "Write the disks of a restore point to where they are needed.",
+        discussion: """
+            DESTINATION is a file, a block device or the URI of an NBD export; for several disks, a directory, where \
+            each becomes DISK.raw. A new file has its name only when it is whole. Every chunk is compared with its \
+            hash before it is written.
+            """)
+
+    @OptionGroup var arguments: PointArguments
+    @OptionGroup var report: ReportArguments
+
+    @Argument(help: "A file, a directory, a block device or an NBD URI.")
+    var destination: String
+
+    @Option(help: "Restore this disk. May be repeated; default: all.")
+    var disk: [String] = []
+
+    @Flag(help: "Read the destination first and write only what differs.")
+    var differential = false
+
+    @Flag(help: "Write damaged chunks as they are instead of refusing (exit status 3).")
+    var force = false
+
+    @Flag(help: "Read the destination again at the end and compare.")
+    var verify = false
+
+    @Flag(help: "Replace files that are there.")
+    var replace = false
+
+    @Option(help: ArgumentHelp("Write the machine's configuration documents here.", valueName: "directory"))
+    var documents: String?
+
+    private struct Report: Encodable {
+        var disk: String
+        var destination: String
+        var size: UInt64
+        var bytesRead: UInt64
+        var bytesWritten: UInt64
+        var bytesZeroed: UInt64
+        var bytesUnchanged: UInt64
+        var bytesVerified: UInt64
+        var damagedChunks: [UInt64]
+        var seconds: Double
+    }
+
+    func run() throws {
+        let (repository, point) = try arguments.find()
+        let lock = try repository.lockPoint(point)
+        defer { withExtendedLifetime(lock) {} }
+        let known = point.manifest.disks.map(\.id)
+        if let other = disk.first(where: { !known.contains($0) }) {
+            throw BlockError(
+                .notFound,
+                "restoring \(point.description): it has no disk \(other), only \(known.joined(separator: ", "))")
+        }
+        let chosen = disk.isEmpty ? known : disk
+        let reports = try chosen.map { id in
+            try restore(id, of: point, in: repository, to: try place(of: id, isOnly: chosen.count == 1))
+        }
+        if let documents {
+            let names = try repository.restoreDocuments(point, to: documents)
+            if !report.json { for name in names { print("\(documents)/\(name)") } }
+        }
+        if report.json { try printJSON(reports) }
+        if reports.contains(where: { !$0.damagedChunks.isEmpty }) { throw ExitCode(3) }
+    }
+
+    /// Where a disk goes.
+    private func place(of id: String, isOnly: Bool) throws -> String {
+        var status = stat()
+        let isDirectory = stat(destination, &status) == 0 && status.st_mode & S_IFMT == S_IFDIR
+        if isOnly && !isDirectory && !destination.hasSuffix("/") { return destination }
+        if !isDirectory {
+            if destination.contains("://") {
+                throw BlockError(
+                    .invalid, "restoring several disks to \(destination): give a directory, or one --disk at a time")
+            }
+            try makeDirectories(destination, mode: 0o755)
+        }
+        return "\(destination)/\(id.map { $0 == "/" ? "_" : String($0) }.joined()).raw"
+    }
+
+    private func restore(_ id: String, of point: RestorePoint, in repository: Repository, to place: String) throws
+        -> Report
+    {
+        guard let disk = point.manifest.disk(id) else { throw BlockError(.notFound, "restoring disk \(id)") }
+        let start = monotonicSeconds()
+        let destination = try RestoreDestination.open(
+            place, size: disk.size, isDifferential: differential, mayReplace: replace)
+        var options = RestoreOptions()
+        options.isDifferential = differential
+        options.isForced = force
+        options.verifies = verify
+        let line = PercentLine("restoring \(id)", isShown: !report.json)
+        let result: RestoreResult
+        do {
+            result = try repository.restore(
+                point, disk: id, to: destination.device, isBlank: destination.isBlank, options
+            ) { done, total in line.show(done, of: total) }
+            line.end()
+            try destination.finish()
+        } catch {
+            line.end()
+            destination.abandon()
+            throw error
+        }
+        for offset in result.damaged {
+            writeError("diskgate: the chunk at offset \(offset) of disk \(id) is damaged and was restored as it is")
+        }
+        let seconds = monotonicSeconds() - start
+        if !report.json {
+            let written = result.bytesWritten + result.bytesZeroed
+            print(
+                "\(place): \(readable(result.size)), \(readable(written)) written"
+                    + (differential ? ", \(readable(result.bytesUnchanged)) were right already" : ""))
+        }
+        return Report(
+            disk: id, destination: place, size: result.size, bytesRead: result.bytesRead,
+            bytesWritten: result.bytesWritten, bytesZeroed: result.bytesZeroed, bytesUnchanged: result.bytesUnchanged,
+            bytesVerified: result.bytesVerified, damagedChunks: result.damaged, seconds: seconds)
+    }
+}

@@ -1,0 +1,136 @@
+// Pruning: which points stay, that those read as before, and that a crash at any step is made good.
+import Backup
+import Block
+import Glibc
+import LinuxIO
+import Support
+import Testing
+
+@Suite struct PruneTests {
+    private func withPoints(_ count: Int, _ body: (inout ModelMachine) throws -> Void) throws {
+        try withTemporaryDirectory { directory in
+            let repository = try Repository.create(at: directory.file("repository"))
+            var model = try ModelMachine(
+                repository, disks: [ModelDisk("vda", size: 1_500_000), ModelDisk("vdb", size: 300_000)], seed: 21)
+            for _ in 0..<count {
+                model.change(3)
+                try model.makePoint { $0.documents = [.init(name: "domain.xml", content: [1])] }
+            }
+            try body(&model)
+        }
+    }
+
+    @Test func theOldestAreMergedIntoTheNext() throws {
+        try withPoints(6) { model in
+            let before = try model.repository.points(of: model.machine)
+            let decisions = try model.prune(keepLast: 3)
+            #expect(decisions.map(\.isRemoved) == [true, true, true, false, false, false])
+            #expect(decisions.map(\.into) == [2, 3, 4, nil, nil, nil])
+            let after = try model.repository.points(of: model.machine)
+            #expect(after.map(\.sequence) == [4, 5, 6])
+            // Nobody's lineage has changed.
+            #expect(after.map(\.manifest.root) == before.suffix(3).map(\.manifest.root))
+            #expect(after.map(\.uuid) == before.suffix(3).map(\.uuid))
+            #expect(after[0].manifest.level == .full && after[1].manifest.level == .incremental)
+            #expect(after[0].manifest.merged.map(\.sequence) == [1, 2, 3])
+            try model.requireEqualPoints("pruned")
+            // Nothing of the old ones is left.
+            let names = try allFiles(model.repository.path)
+            #expect(!names.contains { $0.contains("/00000") && ["1", "2", "3"].contains { $0 == "x" } })
+            for number in ["000001", "000002", "000003"] {
+                #expect(!names.contains { $0.contains("/\(number)") && !$0.contains("/locks/") }, "\(names)")
+            }
+            model.change(3)
+            try model.makePoint()
+            try model.requireEqualPoints("and on")
+        }
+    }
+
+    @Test func pinnedAndOpenPointsStay() throws {
+        try withPoints(5) { model in
+            let (repository, machine) = (model.repository, model.machine)
+            let points = try repository.points(of: machine)
+            try repository.mark(points[1], .pinned, reason: "audit")
+            do {
+                let device = try repository.open(points[2], disk: "vda")
+                let decisions = try model.prune(keepLast: 1)
+                #expect(decisions.map(\.reasons) == [[], ["pinned"], ["in use"], [], ["last"]])
+                withExtendedLifetime(device) {}
+            }
+            try model.requireEqualPoints("some stay")
+            try repository.unmark(points[1], .pinned)
+            #expect(try model.prune(keepLast: 1).count(where: \.isRemoved) == 2)
+            try model.requireEqualPoints("one stays")
+            #expect(try repository.points(of: machine).map(\.sequence) == [5])
+            try requireError(.invalid, "nothing kept") { _ = try model.prune(keepLast: 0) }
+        }
+    }
+
+    @Test func calendarRulesKeepTheNewestOfEachPeriod() throws {
+        try withPoints(0) { model in
+            // From the 21st of November 2025, one point each 12 hours, 40 days long.
+            let start = model.time
+            for index in 0..<80 {
+                model.time = start + Double(index) * 43200
+                model.disks[0].bytes[index] = UInt8(index + 1)
+                model.disks[0].changed = [0]
+                try model.makePoint()
+            }
+            var rule = RetentionRule()
+            (rule.daily, rule.weekly, rule.monthly, rule.yearly) = (3, 2, 2, 1)
+            let lock = try model.repository.lockMachine(model.machine)
+            let decisions = try model.repository.prune(model.machine, keeping: rule, holding: lock, isDryRun: true)
+            let kept = decisions.filter { !$0.isRemoved }
+            // Ends: 2025-12-30; the days before it; Sunday the 28th; the end of November.
+            #expect(
+                kept.map { String($0.point.time.description.prefix(10)) } == [
+                    "2025-11-30", "2025-12-28", "2025-12-29", "2025-12-30",
+                ])
+            #expect(kept.last?.reasons == ["daily", "weekly", "monthly", "yearly"])
+            #expect(try model.repository.points(of: model.machine).count == 80)
+        }
+    }
+
+    @Test func aSuspectPointMakesTheNextOneSuspect() throws {
+        try withPoints(3) { model in
+            let points = try model.repository.points(of: model.machine)
+            try model.repository.mark(points[0], .suspect, reason: "missed")
+            _ = try model.prune(keepLast: 2)
+            let marks = try model.repository.marks(of: try model.repository.find("2", of: model.machine))
+            #expect(marks.map(\.kind) == [.suspect])
+        }
+    }
+
+    /// Random changes, full and incremental points, growth and pruning in any order: always equal to the model.
+    @Test func anyOrderOfChangesPointsAndPruningEqualsTheModel() throws {
+        try withSeed { generator in
+            for round in 0..<6 {
+                try withTemporaryDirectory { directory in
+                    let repository = try Repository.create(
+                        at: directory.file("repository"), compression: round % 2 == 0 ? .none : .zstd)
+                    var model = try ModelMachine(
+                        repository, disks: [ModelDisk("vda", size: 1_000_000), ModelDisk("vdb", size: 200_000)],
+                        seed: generator.next())
+                    for step in 0..<12 {
+                        if generator.oneIn(5) { model.disks[0].grow(to: model.disks[0].bytes.count + 100_000) }
+                        model.change(Int.random(in: 0..<4, using: &generator))
+                        try model.makePoint(full: generator.oneIn(6))
+                        guard generator.oneIn(3) else { continue }
+                        // Any point but the newest may go: the others are pinned.
+                        let points = try repository.points(of: model.machine)
+                        let chosen = Set(points.map(\.sequence).filter { _ in generator.oneIn(2) })
+                        for point in points where !chosen.contains(point.sequence) {
+                            try repository.mark(point, .pinned, reason: "")
+                        }
+                        _ = try model.prune(keepLast: 1)
+                        for point in try repository.points(of: model.machine) { try repository.unmark(point, .pinned) }
+                        try model.requireEqualPoints("round \(round), step \(step)")
+                    }
+                    for point in try repository.points(of: model.machine) where Tool.exists("qemu-img") {
+                        _ = try Tool.output("qemu-img", ["check", try model.data(point, "vda")])
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,191 @@
+// Snapshots of a real libvirt's domain, whose processor stands still: checkpoints, pull backups, images when it is off.
+import Block
+import Glibc
+import LinuxIO
+import Support
+import Testing
+import Transports
+
+@testable import Hypervisors
+
+/// A libvirtd of its own with a domain, from Scripts/lab/libvirt-domain.
+private final class Domain {
+    let directory: TemporaryDirectory
+    let machine: String
+    let image: String
+
+    static let isAvailable =
+        QEMUProcess.isAvailable && Tool.exists("libvirtd") && Tool.exists("virsh") && Tool.exists("python3")
+
+    init(_ directory: TemporaryDirectory) throws {
+        self.directory = directory
+        let text = try Self.lab(directory, ["start", "--no-guest", "--size", "16M"])
+        let answer = JSONValue(parsing: text.utf8)
+        guard let machine = answer?["machine"]?.string, let image = answer?["disk"]?.string else {
+            throw CheckFailure("libvirt-domain start: \(text)")
+        }
+        self.machine = machine
+        self.image = image
+        try io("write -q -P 0x11 0 8M")
+    }
+
+    deinit { _ = try? lab(["stop"]) }
+
+    @discardableResult
+    func lab(_ words: [String]) throws -> String { try Self.lab(directory, words) }
+
+    private static func lab(_ directory: TemporaryDirectory, _ words: [String]) throws -> String {
+        let repository = #filePath.split(separator: "/").dropLast(3).reduce("") { "\($0)/\($1)" }
+        let script = "\(repository)/Scripts/lab/libvirt-domain"
+        return try Tool.output("python3", [script, "-w", directory.path] + words)
+    }
+
+    func io(_ command: String) throws { try lab(["io", command]) }
+
+    func checkpoints() throws -> [String] {
+        try lab(["virsh", "--", "checkpoint-list", "lab", "--topological", "--name"])
+            .split(separator: "\n").map(String.init)
+    }
+
+    func content(_ name: String) throws -> String {
+        try io("flush")
+        let path = directory.file(name)
+        _ = try Tool.output("qemu-img", ["convert", "-U", "-f", "qcow2", "-O", "raw", image, path])
+        return path
+    }
+
+    func ledger() throws -> RunLedger {
+        try RunLedger.begin(stateDirectory: directory.file("state"), machine: machine, repository: nil)
+    }
+
+    /// A request with scratch files in the test's directory.
+    func wanted(since: String? = nil, _ checkpoint: String) -> SnapshotRequest {
+        var wanted = request(["vda"], since: since, checkpoint: checkpoint)
+        wanted.scratchDirectory = directory.path
+        return wanted
+    }
+
+    func leftovers() throws -> [String] {
+        let job = try LibvirtPlace(machine).runningBackup().map { [$0] } ?? []
+        return try job + namesInDirectory(directory.path).filter { $0.hasPrefix("diskgate-") }
+    }
+}
+
+private func withDomain(_ body: (Domain, any Provider) throws -> Void) throws {
+    try withTemporaryDirectory { directory in
+        let domain = try Domain(directory)
+        try body(domain, try Hypervisors.open(domain.machine))
+    }
+}
+
+@Suite(.enabled(if: Domain.isAvailable), .serialized)
+struct LibvirtTests {
+    @Test func fullThenIncrementalThenAFailedOneThenOff() throws {
+        try withDomain { domain, provider in
+            let machine = try provider.inspect()
+            #expect(machine.name == "lab" && machine.isRunning && !machine.hasGuestAgent)
+            #expect(machine.disks.map(\.id) == ["vda"] && machine.disks[0].size == 16 << 20)
+            #expect(machine.documents.contains { $0.name == "domain.xml" })
+            #expect(machine.disks[0].checkpoints.isEmpty && machine.disks[0].obstacle == nil)
+            let copy = domain.directory.file("copy.raw")
+            var truth = try domain.content("truth.raw")
+            // Full.
+            var ledger = try domain.ledger()
+            let full = try provider.begin(domain.wanted("r-1"), ledger: ledger)
+            try domain.io("write -q -P 0x22 1M 1M")
+            try copyWhole(full.disks[0], to: copy)
+            try full.check()
+            try full.finish(adopting: true)
+            try ledger.end()
+            try requireEqual(copy, truth, "the full copy")
+            #expect(try domain.checkpoints() == ["diskgate-r-1"])
+            // Incremental.
+            truth = try domain.content("truth.raw")
+            ledger = try domain.ledger()
+            let next = try provider.begin(domain.wanted(since: "diskgate-r-1", "r-2"), ledger: ledger)
+            try domain.io("write -q -P 0x33 2M 64k")
+            #expect(next.disks[0].downgrade == nil)
+            #expect(try copyChanges(next.disks[0], onto: copy) == 1 << 20)
+            try next.finish(adopting: true)
+            try requireEqual(copy, truth, "the incremental")
+            #expect(try domain.checkpoints() == ["diskgate-r-2"])
+            #expect(try provider.inspect().disks[0].checkpoints == ["diskgate-r-2"])
+            // Failed: nothing is missed.
+            let failed = try provider.begin(domain.wanted(since: "diskgate-r-2", "r-3"), ledger: ledger)
+            try domain.io("write -q -P 0x44 3M 64k")
+            try failed.finish(adopting: false)
+            #expect(try domain.checkpoints() == ["diskgate-r-2"])
+            #expect(try domain.leftovers().isEmpty)
+            truth = try domain.content("truth.raw")
+            let again = try provider.begin(domain.wanted(since: "diskgate-r-2", "r-4"), ledger: ledger)
+            #expect(try copyChanges(again.disks[0], onto: copy) == 2 * 65536)
+            try again.finish(adopting: true)
+            try requireEqual(copy, truth, "the copy after a failed run")
+            #expect(ledger.obligations.isEmpty)
+            try offline(domain, provider, ledger, copy)
+        }
+    }
+
+    /// A powered-off machine is read from its image, changes since the checkpoint included.
+    private func offline(_ domain: Domain, _ provider: any Provider, _ ledger: RunLedger, _ copy: String) throws {
+        try domain.io("write -q -P 0x55 5M 64k")
+        try domain.lab(["virsh", "--", "qemu-monitor-command", "lab", "--hmp", "quit"])
+        let deadline = monotonicSeconds() + 30
+        while try provider.inspect().isRunning {
+            try require(monotonicSeconds() < deadline, "the domain does not end")
+            usleep(50_000)
+        }
+        let session = try provider.begin(domain.wanted(since: "diskgate-r-4", "r-5"), ledger: ledger)
+        #expect(session.consistency == .offline && session.disks[0].downgrade == nil)
+        #expect(session.disks[0].checkpoint == "diskgate-r-4")
+        #expect(try copyChanges(session.disks[0], onto: copy) == 65536)
+        try session.check()
+        try session.finish(adopting: true)
+        let truth = domain.directory.file("truth.raw")
+        _ = try Tool.output("qemu-img", ["convert", "-f", "qcow2", "-O", "raw", domain.image, truth])
+        try requireEqual(copy, truth, "the copy of the machine that is off")
+        // It goes on from there when it runs again.
+        try domain.lab(["restart"])
+        try domain.io("write -q -P 0x66 6M 64k")
+        let next = try provider.begin(domain.wanted(since: "diskgate-r-4", "r-6"), ledger: ledger)
+        #expect(try copyChanges(next.disks[0], onto: copy) == 2 * 65536)
+        try next.finish(adopting: true)
+    }
+
+    @Test func leftoversAndForeignThings() throws {
+        try withDomain { domain, provider in
+            // A crash after everything was made: the session is forgotten, the ledger is not.
+            var ledger: RunLedger? = try domain.ledger()
+            _ = try provider.begin(domain.wanted("r-1"), ledger: #require(ledger))
+            let obligations = ledger?.obligations ?? []
+            #expect(obligations.map(\.kind) == ["libvirt.directory", "libvirt.checkpoint", "libvirt.backup"])
+            ledger = nil
+            for _ in 0..<2 { for obligation in obligations.reversed() { try provider.settle(obligation, adopted: false) } }
+            #expect(try domain.leftovers().isEmpty)
+            #expect(try domain.checkpoints().isEmpty)
+            // A foreign checkpoint stays, whatever is done to ours; a missing one means a full.
+            try domain.lab(["virsh", "--", "checkpoint-create-as", "lab", "theirs"])
+            let other = try domain.ledger()
+            let session = try provider.begin(domain.wanted(since: "diskgate-gone-1", "r-1"), ledger: other)
+            #expect(session.disks[0].downgrade?.contains("not there any more") == true)
+            #expect(session.disks[0].changedContext == nil)
+            // Somebody else's backup is not ended.
+            #expect(throws: BlockError.self) { try provider.begin(domain.wanted("r-9"), ledger: try domain.ledger()) }
+            try session.check()
+            try session.finish(adopting: true)
+            #expect(try domain.checkpoints() == ["theirs", "diskgate-r-1"])
+            // A bitmap that was removed behind libvirt's back.
+            try domain.lab([
+                "virsh", "--", "qemu-monitor-command", "lab",
+                #"{"execute":"block-dirty-bitmap-remove","arguments":{"node":"libvirt-1-format","name":"diskgate-r-1"}}"#,
+            ])
+            let full = try provider.begin(domain.wanted(since: "diskgate-r-1", "r-2"), ledger: other)
+            #expect(full.disks[0].downgrade?.contains("of no use") == true, "\(full.disks[0])")
+            try full.finish(adopting: true)
+            #expect(try domain.checkpoints() == ["theirs", "diskgate-r-2"])
+            #expect(try provider.unprotect() == ["removed the checkpoint diskgate-r-2"])
+            #expect(try domain.checkpoints() == ["theirs"])
+            #expect(try domain.leftovers().isEmpty)
+        }
+    }
+}
