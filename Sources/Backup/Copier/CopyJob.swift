@@ -128,8 +128,8 @@ public enum CopyJob {
         guard let first = result.firstDifference else { return result.bytes }
         throw BlockError(
             .corrupt,
-            "verifying \(copy.info.name): it differs from \(source.device.info.name) in \(result.differences) pieces of "
-                + "64 KiB, first at offset \(first); the source may be changing, or the storage of one of them is "
+            "verifying \(copy.info.name): it differs from \(source.device.info.name) in \(result.differences) pieces "
+                + "of 64 KiB, first at offset \(first); the source may be changing, or the storage of one of them is "
                 + "defective")
     }
 
