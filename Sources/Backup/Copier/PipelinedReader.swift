@@ -78,7 +78,8 @@ final class PipelinedReader {
         progressed = false
         var loss: ChannelError?
         while true {
-            if loss == nil && failure == nil && !crew.stop.isCancelled {
+            // Several at once: they leave in one call, and arrive in few.
+            if loss == nil && failure == nil && flying <= Self.depth / 2 && !crew.stop.isCancelled {
                 do throws(ChannelError) { try submit(to: channel) } catch { loss = error }
             }
             if flying == 0 {
