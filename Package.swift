@@ -100,7 +100,8 @@ let package = Package(
             ], cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
             name: "HypervisorsTests",
-            dependencies: ["Block", "LinuxIO", "Hypervisors", "NBD", "Support", "Transports"], cSettings: gnuSource,
+            dependencies: ["Block", "CLinux", "LinuxIO", "Hypervisors", "NBD", "Support", "Transports"],
+            cSettings: gnuSource,
             swiftSettings: settings),
         .testTarget(name: "TidyTests", cSettings: gnuSource, swiftSettings: settings),
         .testTarget(

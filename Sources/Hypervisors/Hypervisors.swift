@@ -41,7 +41,9 @@ enum OwnName {
 
     /// Whether one checkpoint takes the place of another: both are of the same series, which is what stands before
     /// the last dash. So two repositories that name their checkpoints REPOSITORY-NUMBER do not touch each other's.
-    static func replaces(_ new: String, _ old: String) -> Bool { new != old && isOwn(old) && series(new) == series(old) }
+    static func replaces(_ new: String, _ old: String) -> Bool {
+        new != old && isOwn(old) && series(new) == series(old)
+    }
 
     private static func series(_ name: String) -> Substring {
         name.lastIndex(of: "-").map { name[...$0] } ?? ""

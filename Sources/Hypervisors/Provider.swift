@@ -66,7 +66,10 @@ public struct SnapshotRequest: Sendable {
 
     /// The disks; all get the same point in time.
     public var disks: [Disk]
-    /// The name of the checkpoint to make on each disk that can be tracked: letters, digits and dashes.
+    /// The name of the checkpoint to make on each disk that can be tracked: letters, digits and dashes. The provider
+    /// may put its own prefix in front; `SnapshotDisk.checkpoint` has the result. An adopted checkpoint replaces those
+    /// that differ from it only behind the last dash: with names like REPOSITORY-NUMBER, several repositories can back
+    /// up one machine.
     public var checkpoint: String
     /// Whether to freeze.
     public var quiescing = Quiescing.ifPossible
@@ -108,7 +111,7 @@ public protocol SnapshotSession: AnyObject, Sendable {
     var warnings: [String] { get }
 
     /// Looks whether the snapshot still holds, and whether there is scratch space enough. Called every second or so
-    /// while the disks are read.
+    /// while the disks are read, and once after the last byte was read: only then what was read is known to be good.
     ///
     /// - Throws: `BlockError` when the run has to end, for the guest's sake or because the disks cannot be trusted.
     func check() throws(BlockError)

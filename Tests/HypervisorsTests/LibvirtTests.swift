@@ -129,7 +129,7 @@ struct LibvirtTests {
     /// A powered-off machine is read from its image, changes since the checkpoint included.
     private func offline(_ domain: Domain, _ provider: any Provider, _ ledger: RunLedger, _ copy: String) throws {
         try domain.io("write -q -P 0x55 5M 64k")
-        try domain.lab(["virsh", "--", "qemu-monitor-command", "lab", "--hmp", "quit"])
+        try domain.lab(["virsh", "--", "destroy", "lab", "--graceful"])
         let deadline = monotonicSeconds() + 30
         while try provider.inspect().isRunning {
             try require(monotonicSeconds() < deadline, "the domain does not end")
@@ -160,7 +160,9 @@ struct LibvirtTests {
             let obligations = ledger?.obligations ?? []
             #expect(obligations.map(\.kind) == ["libvirt.directory", "libvirt.checkpoint", "libvirt.backup"])
             ledger = nil
-            for _ in 0..<2 { for obligation in obligations.reversed() { try provider.settle(obligation, adopted: false) } }
+            for _ in 0..<2 {
+                for obligation in obligations.reversed() { try provider.settle(obligation, adopted: false) }
+            }
             #expect(try domain.leftovers().isEmpty)
             #expect(try domain.checkpoints().isEmpty)
             // A foreign checkpoint stays, whatever is done to ours; a missing one means a full.

@@ -1,4 +1,4 @@
-// The hashes of the chunks that a restore point's disk image holds, in a file beside it: written with it, found by chunk.
+// The hashes of the chunks that a restore point holds, in a file beside its image: written with it, found by chunk.
 import Block
 import CXXHash
 import Glibc

@@ -28,7 +28,9 @@ final class LibvirtProvider: Provider {
         let domain = try LibvirtDomain(place)
         return domain.disks.map { disk in
             if let obstacle = disk.obstacle { return "\(disk.target): left out: \(obstacle)" }
-            if let obstacle = disk.described.trackingObstacle { return "\(disk.target): full backups only: \(obstacle)" }
+            if let obstacle = disk.described.trackingObstacle {
+                return "\(disk.target): full backups only: \(obstacle)"
+            }
             return "\(disk.target): ready; its changes are recorded from the first backup of the running machine on"
         }
     }

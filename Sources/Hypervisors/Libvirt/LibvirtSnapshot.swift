@@ -150,7 +150,8 @@ final class LibvirtSnapshot {
         } catch {
             let isDenied = error.message.contains("Permission denied")
             throw isDenied
-                ? error.during("QEMU may not write to \(directory) (file permissions, or AppArmor's or SELinux's rules)")
+                ? error.during(
+                    "QEMU may not write to \(directory) (file permissions, or AppArmor's or SELinux's rules)")
                 : error
         }
     }

@@ -27,26 +27,7 @@ enum JSONValue: Sendable, Equatable {
     var elements: [JSONValue] { if case .list(let elements) = self { elements } else { [] } }
 }
 
-extension JSONValue: Codable {
-    init(from decoder: any Decoder) throws {
-        let single = try decoder.singleValueContainer()
-        if single.decodeNil() {
-            self = .null
-        } else if let value = try? single.decode(Bool.self) {
-            self = .bool(value)
-        } else if let value = try? single.decode(Int64.self) {
-            self = .integer(value)
-        } else if let value = try? single.decode(Double.self) {
-            self = .number(value)
-        } else if let value = try? single.decode(String.self) {
-            self = .text(value)
-        } else if let value = try? single.decode([JSONValue].self) {
-            self = .list(value)
-        } else {
-            self = .object(try single.decode([String: JSONValue].self))
-        }
-    }
-
+extension JSONValue: Encodable {
     func encode(to encoder: any Encoder) throws {
         var single = encoder.singleValueContainer()
         switch self {
@@ -62,7 +43,8 @@ extension JSONValue: Codable {
 
     /// A value from JSON text; nil where it is none.
     init?(parsing bytes: some Sequence<UInt8>) {
-        guard let value = try? JSONDecoder().decode(JSONValue.self, from: Data(bytes)) else { return nil }
+        var parser = JSONParser(Array(bytes))
+        guard let value = parser.document() else { return nil }
         self = value
     }
 

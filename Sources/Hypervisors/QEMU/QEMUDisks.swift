@@ -42,6 +42,14 @@ struct QEMUDisk: Sendable {
     /// Whether its image keeps bitmaps when QEMU ends.
     let keepsBitmaps: Bool
 
+    /// Filters that QEMU's jobs put on top of a disk while they work.
+    private static let jobFilters: Set<String> = [
+        "copy-before-write", "backup-top", "mirror_top", "commit_top",
+    ]
+
+    /// Whether a job of QEMU is at work on it.
+    var isInJob: Bool { Self.jobFilters.contains(format) }
+
     private init(_ value: JSONValue, id: String) {
         self.id = id
         let inserted = value["inserted"]
@@ -60,6 +68,8 @@ struct QEMUDisk: Sendable {
                 "it is a removable medium"
             } else if inserted?["ro"]?.truth ?? true {
                 "the guest cannot write to it"
+            } else if Self.jobFilters.contains(format) {
+                "a backup or another job of QEMU is at work on it (\(format))"
             } else if node.isEmpty || size == 0 {
                 "QEMU does not tell its node or its size"
             } else {

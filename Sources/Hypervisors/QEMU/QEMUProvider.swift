@@ -69,11 +69,17 @@ final class QEMUProvider: Provider {
     func unprotect() throws(BlockError) -> [String] {
         let monitor = try place.connect()
         var done: [String] = []
-        for disk in QEMUDisk.list(try monitor.execute("query-block")) {
+        let disks = try monitor.disks()
+        if let disk = disks.first(where: \.isInJob) {
+            throw BlockError(
+                .denied, "removing bitmaps of \(name): a backup or another job is at work on \(disk.id): end it first")
+        }
+        for disk in disks {
             for bitmap in disk.bitmaps where OwnName.isOwn(bitmap.name) {
                 if bitmap.isBusy {
                     throw BlockError(
-                        .denied, "removing the bitmap \(bitmap.name) of \(disk.id): a backup of this machine is going on")
+                        .denied,
+                        "removing the bitmap \(bitmap.name) of \(disk.id): a backup of this machine is going on")
                 }
                 try monitor.removeBitmap(bitmap.name, of: disk.node)
                 done.append("\(disk.id): removed the bitmap \(bitmap.name)")

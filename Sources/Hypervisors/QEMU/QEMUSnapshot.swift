@@ -132,7 +132,8 @@ final class QEMUSnapshot {
                 )
             }
             // A machine at the other end of a network keeps one scratch file, which nobody here can remove.
-            let path = "\(directory)/" + (place.isLocal ? "scratch-\(index).qcow2" : "diskgate-scratch-\(disk.id).qcow2")
+            let path =
+                "\(directory)/" + (place.isLocal ? "scratch-\(index).qcow2" : "diskgate-scratch-\(disk.id).qcow2")
             parts.append(
                 Part(
                     disk: disk, since: problem == nil ? since : nil,
@@ -167,7 +168,8 @@ final class QEMUSnapshot {
             if chown(path, peer.user, peer.group) < 0 {
                 throw BlockError(
                     errno: errno,
-                    "giving the scratch directory \(path) to QEMU's user \(peer.user) (run diskgate as that user, or root)")
+                    "giving the scratch directory \(path) to QEMU's user \(peer.user) (run diskgate as that user, or root)"
+                )
             }
         }
         Step.reached("qemu.directory")
@@ -208,7 +210,8 @@ final class QEMUSnapshot {
         if let other = exports.first(where: { $0["type"]?.string == "nbd" }) {
             throw BlockError(
                 .denied,
-                "QEMU serves NBD exports already (\(other["id"]?.string ?? "")), and has only one server: end that first")
+                "QEMU serves NBD exports already (\(other["id"]?.string ?? "")), and has only one server: end that first"
+            )
         }
         try intend("qemu.server", ["run": short].merging(socket.map { ["socket": $0] } ?? [:]) { $1 })
         Step.reached("qemu.server-intended")
@@ -282,7 +285,8 @@ extension QMPClient {
             if found["status"]?.string == "concluded" {
                 try execute("job-dismiss", ["id": .text(job)])
                 guard let problem = found["error"]?.string else { return }
-                throw BlockError(.inputOutput, "making the scratch file \(options["filename"]?.string ?? ""): \(problem)")
+                throw BlockError(
+                    .inputOutput, "making the scratch file \(options["filename"]?.string ?? ""): \(problem)")
             }
             if monotonicSeconds() > deadline {
                 throw BlockError(.inputOutput, "making a scratch file: its job \(job) does not end")

@@ -30,7 +30,10 @@ final class QEMUProcess {
     private var ownMonitor: String { directory.file("own.sock") }
 
     /// Makes images of a pattern and starts a QEMU with them.
-    init(_ directory: TemporaryDirectory, disks: [(id: String, format: String)], size: String = "16M", _ more: [String] = [])
+    init(
+        _ directory: TemporaryDirectory, disks: [(id: String, format: String)], size: String = "16M",
+        _ more: [String] = []
+    )
         throws
     {
         self.directory = directory
@@ -101,7 +104,9 @@ final class QEMUProcess {
 
     /// Names of the bitmaps on a disk.
     func bitmaps(_ disk: String) throws -> [String] {
-        try own { try $0.disks() }.first { $0.id == disk }?.bitmaps.map(\.name).sorted() ?? []
+        let nodes = try own { try $0.execute("query-named-block-nodes", ["flat": true]) }.elements
+        let node = nodes.first { $0["node-name"]?.string == "node-\(disk)" }
+        return node?["dirty-bitmaps"]?.elements.compactMap { $0["name"]?.string }.sorted() ?? []
     }
 
     /// What lies in its block layer besides the disks: jobs, exports, scratch nodes; and directories beside it.
