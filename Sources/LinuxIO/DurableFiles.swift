@@ -117,6 +117,11 @@ public final class FileLock: Sendable {
         self.path = path
     }
 
+    deinit {
+        // Closing is not enough: a child that is just being started has the file open, too, until it runs its program.
+        flock(descriptor.number, LOCK_UN)
+    }
+
     /// Locks a file, which is made where it is missing.
     ///
     /// - Parameter wait: whether to wait for others, for as long as it takes.

@@ -28,7 +28,8 @@ struct DiskgateCommand: ParsableCommand {
             CopyCommand.self, TrustCommand.self, ExportsCommand.self, ClientsCommand.self, BackupCommand.self,
             ProtectCommand.self, UnprotectCommand.self, ResetTrackingCommand.self, DoctorCommand.self,
             CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
-            PruneCommand.self, PinCommand.self, UnpinCommand.self, FreezeGuardCommand.self, SnapshotCommand.self,
+            PruneCommand.self, PinCommand.self, UnpinCommand.self, MountCommand.self, UnmountCommand.self,
+            FreezeGuardCommand.self, SnapshotCommand.self,
             CheckpointsCommand.self,
         ])
 

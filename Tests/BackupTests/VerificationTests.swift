@@ -55,7 +55,7 @@ import Testing
         try withPoints { model in
             let points = try model.repository.points(of: model.machine)
             let path = try model.data(points[1], "vda")
-            let bytes = try #require(model.expected[2]?["vda"])[65536..<66048]
+            let bytes = try #require(model.expected[2]?["vda"])[71168..<71680]
             try flip(path, at: try offset(of: bytes, in: path) + 100)
             let report = try model.repository.verify(model.machine)
             #expect(report.problems.count == 1)
@@ -97,7 +97,7 @@ import Testing
             (
                 "SHA-256",
                 { model, points in
-                    try flip("\(model.data(points[1], "vda").dropLast(6))hashes", at: 9)
+                    try flip("\(model.data(points[1], "vda").dropLast(5))hashes", at: 9)
                 }
             ),
             (

@@ -28,8 +28,16 @@ struct HashChain: Sendable {
         try layers[index].hashes.hash(of: chunk)
     }
 
-    /// What the newest sidecar says of a chunk.
-    func own(_ chunk: UInt64) throws(BlockError) -> ChunkHash { try layers[0].hashes.hash(of: chunk) }
+    /// What is known of a chunk in the point's own file: its sidecar says, and that of a point whose file has become
+    /// this one's while it is being removed.
+    func own(_ chunk: UInt64) throws(BlockError) -> ChunkHash {
+        for (index, layer) in layers.enumerated() {
+            if index > 0 && !(layer.link.isDoomed && layer.link.data == nil) { break }
+            let hash = try layer.hashes.hash(of: chunk)
+            if hash != .absent { return hash }
+        }
+        return .absent
+    }
 }
 
 /// Hashes chunks: those of the disk's end as if zeros followed, so that a disk can grow.

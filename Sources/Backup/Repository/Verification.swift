@@ -180,7 +180,8 @@ struct Verification {
         guard let own = links.first, let path = own.data else { return }
         // A doomed point's file that is gone has become this point's.
         var expected = own.disk.base.map { dataName($0, .qcow2) }
-        for link in links.dropFirst() where link.isDoomed && link.data == nil {
+        for link in links.dropFirst() {
+            if !link.isDoomed || link.data != nil { break }
             expected = link.disk.base.map { dataName($0, .qcow2) }
         }
         let header = try BackingName.read(from: path)
