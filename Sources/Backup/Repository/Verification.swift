@@ -249,6 +249,7 @@ extension Repository {
     ) throws(BlockError) -> VerificationReport {
         var report = VerificationReport()
         for machine in try chosen(machine) {
+            report.notes += try finishInterruptedRemovals(of: machine)
             var verification = Verification(self, machine, progress: progress)
             try verification.run(only: point)
             report.points += verification.report.points
@@ -257,5 +258,24 @@ extension Repository {
             report.notes += verification.report.notes
         }
         return report
+    }
+
+    /// Finishes removals of points that a crash has interrupted, where nobody works on the machine.
+    ///
+    /// - Returns: what was done, for people.
+    /// - Throws: `BlockError` when a removal cannot be finished.
+    public func finishInterruptedRemovals(of machine: RepositoryMachine) throws(BlockError) -> [String] {
+        guard try hasUnfinishedRemovals(of: machine) else { return [] }
+        do throws(BlockError) {
+            let lock = try lockMachine(machine)
+            defer { withExtendedLifetime(lock) {} }
+            return try finishRemovals(of: machine, holding: lock).map {
+                "the removal of \($0.description), which was interrupted, is finished"
+            }
+        } catch {
+            // Whoever has the lock is at it; in a repository that can only be read it stays begun.
+            if error.kind == .denied || error.kind == .readOnly { return [] }
+            throw error
+        }
     }
 }

@@ -75,6 +75,9 @@ public struct Doctor: Sendable {
                     finding.settled.append(obligation)
                 } catch { finding.problems.append("\(obligation.kind): \(error.message)") }
             }
+            for machine in try repository?.machines() ?? [] {
+                _ = try repository?.finishInterruptedRemovals(of: machine)
+            }
             try ledger.end()
         } catch { finding.problems.append(error.message) }
         finding.obligations = ledger.obligations
