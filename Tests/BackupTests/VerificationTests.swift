@@ -2,6 +2,7 @@
 import Backup
 import Block
 import Glibc
+import Hypervisors
 import LinuxIO
 import Support
 import Testing
