@@ -61,7 +61,7 @@ let package = Package(
         .target(
             name: "Gateway",
             dependencies: [
-                "Backup", "Block", "CLinux", "LinuxIO", "NBD", "Transports",
+                "Backup", "Block", "CLinux", "Formats", "LinuxIO", "NBD", "Transports",
                 .product(name: "Logging", package: "swift-log"),
             ], cSettings: gnuSource, swiftSettings: settings),
         .executableTarget(

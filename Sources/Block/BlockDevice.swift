@@ -92,8 +92,8 @@ public protocol BlockDevice: AnyObject, Sendable {
     /// Writes bytes; on stable storage when it returns if `durable`. May block.
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError)
 
-    /// Whether a write to a range, now, would return without waiting for storage, where `info.writesArePrompt` says that
-    /// writes usually do.
+    /// Whether a write to a range, now, would return without waiting for storage. Asked where `info.writesArePrompt`
+    /// says that writes usually do.
     func isPrompt(toWrite range: Range<UInt64>) -> Bool
 
     /// Makes a range read as zeros. May block.

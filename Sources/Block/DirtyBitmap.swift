@@ -107,8 +107,8 @@ public final class DirtyBitmap: @unchecked Sendable {
         }
     }
 
-    /// Calls a body for each run of equal bits, as ranges of bytes inside `range`, until it takes less than the whole run
-    /// or the range, which is not empty, is done.
+    /// Calls a body for each run of equal bits, as ranges of bytes inside `range`, which is not empty, until the body
+    /// takes less than a whole run, or the range is done.
     ///
     /// - Returns: the end of what the body took.
     @inline(__always)

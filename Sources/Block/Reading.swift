@@ -4,8 +4,8 @@ public import Glibc
 extension BlockDevice {
     /// Fills the buffer with the bytes at `offset`, waiting for storage where it has to.
     ///
-    /// Mapped again when the map's version moved meanwhile, the second time while the device holds its map still, so that
-    /// the bytes were the disk's at one time, and a device that never rests is read all the same.
+    /// Mapped again when the map's version moved meanwhile, the second time while the device holds its map still, so
+    /// that the bytes were the disk's at one time, and a device that never rests is read all the same.
     ///
     /// - Throws: `.outOfRange`, or whatever the storage below reports; the buffer's content is then undefined.
     public func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws(BlockError) {

@@ -149,8 +149,8 @@ public final class ControlServer: Sendable {
         default:
             throw BlockError(
                 .invalid,
-                "\"\(request.command)\" is no control command: give exports, add, remove, clients, disconnect, snapshot, "
-                    + "snapshots, release, checkpoints or drop-checkpoint")
+                "\"\(request.command)\" is no control command: give exports, add, remove, clients, disconnect, "
+                    + "snapshot, snapshots, release, checkpoints or drop-checkpoint")
         }
         return reply
     }

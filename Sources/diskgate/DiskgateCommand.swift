@@ -17,9 +17,10 @@ struct DiskgateCommand: ParsableCommand {
         discussion: """
             A SOURCE is a path (disk.raw, disk.qcow2, /dev/sdb) or a URI: file:///PATH?format=raw|qcow2&direct=true\
             &exclusive=true, nbd://HOST/EXPORT and the other NBD URIs (nbds, nbd+unix, nbd+vsock, ...), \
-            pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE, point:POINT?repository=DIRECTORY&vm=VM&disk=DISK. Sizes take K, M, G, T and P (powers \
-            of 1024). Data goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, \
-            2 usage, 3 done but downgraded.
+            pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE, \
+            point:POINT?repository=DIRECTORY&vm=VM&disk=DISK. Sizes take K, M, G, T and P (powers of 1024). Data \
+            goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 usage, 3 done \
+            but downgraded.
             """,
         version: "0.1.0",
         subcommands: [

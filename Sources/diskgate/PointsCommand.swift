@@ -27,7 +27,8 @@ struct PointsCommand: ParsableCommand {
         for point in points {
             let marks = (point.isPinned ? " pinned" : "") + (point.isSuspect ? " suspect" : "")
             print(
-                "\(point.machine.padded(width)) \(String(point.sequence).paddedLeft(6)) \(point.time.description.padded(24)) "
+                "\(point.machine.padded(width)) \(String(point.sequence).paddedLeft(6)) "
+                    + "\(point.time.description.padded(24)) "
                     + "\(point.level.rawValue.padded(11)) \(point.consistency.padded(16)) "
                     + "\(readable(point.bytesWritten).paddedLeft(10)) \(point.uuid.prefix(8))\(marks)")
         }

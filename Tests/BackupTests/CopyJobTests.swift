@@ -75,6 +75,33 @@ private func copy(_ source: String, _ destination: String, _ change: (inout Copy
         }
     }
 
+    @Test(.enabled(if: LoopDevice.areAvailable && Tool.exists("mkfs.xfs"), "needs root, loop devices and xfsprogs"))
+    func `a file on the same XFS shares its blocks with the source`() throws {
+        try LoopDevice.with([UInt8](repeating: 0, count: 320 << 20)) { node, _ in
+            _ = try Tool.output("mkfs.xfs", ["-q", node])
+            try withTemporaryDirectory { directory in
+                _ = try Tool.output("mount", [node, directory.path])
+                defer { _ = try? Tool.run("umount", ["-l", directory.path]) }
+                var bytes = patternBytes((9 << 20) + 777, seed: 7)
+                bytes.replaceSubrange((3 << 20)..<(5 << 20), with: [UInt8](repeating: 0, count: 2 << 20))
+                let source = try directory.makeFile("source.raw", bytes)
+                let report = try copy(source, directory.file("copy.raw")) { $0.verifies = true }
+                #expect(report.bytesCloned >= 8 << 20, "\(report)")
+                try requireEqual(try contentOfFile(directory.file("copy.raw")), bytes, "copy")
+            }
+        }
+    }
+
+    @Test func `a link stays a link, and what it names is replaced`() throws {
+        try withTemporaryDirectory { directory in
+            let path = try directory.makeFile("real.raw", [1, 2, 3])
+            #expect(symlink("real.raw", directory.file("link.raw")) == 0)
+            _ = try copy("pattern:64K", directory.file("link.raw")) { $0.forces = true }
+            #expect(try contentOfFile(path).count == 65536)
+            #expect(try namesInDirectory(directory.path) == ["link.raw", "real.raw"])
+        }
+    }
+
     @Test func `what is there is not replaced unasked`() throws {
         try withTemporaryDirectory { directory in
             let path = try directory.makeFile("copy.raw", [1, 2, 3])

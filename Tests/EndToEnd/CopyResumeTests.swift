@@ -11,7 +11,7 @@ private struct SlowCopy {
     init() throws { folder = try Folder() }
 
     func arguments(_ more: String...) -> [String] {
-        ["copy", source, path, "--limit-rate", "40M", "--journal-every", "2M"] + more
+        ["copy", source, path, "--limit-rate", "24M", "--journal-every", "2M"] + more
     }
 
     /// Starts a copy and interrupts it when its journal has some lines.
@@ -52,9 +52,9 @@ private struct SlowCopy {
     @Test func `killed again and again, it ends with the same bytes`() throws {
         let copy = try SlowCopy()
         _ = try copy.interrupt(with: SIGKILL, lines: 1)
-        for count in 1...3 {
+        for _ in 1...3 {
             let outcome = try Tool.diskgate.run(
-                copy.arguments("--resume"), environment: ["DISKGATE_STEP_KILL=copy.journal-noted:\(count)"])
+                copy.arguments("--resume"), environment: ["DISKGATE_STEP_KILL=copy.journal-noted"])
             #expect(outcome.status == 128 + SIGKILL, "\(outcome.errors)")
             #expect(access(copy.path, F_OK) != 0)
         }

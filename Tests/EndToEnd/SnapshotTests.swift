@@ -64,7 +64,8 @@ func changedRanges(_ uri: String, since checkpoint: String) throws -> [String] {
         try bench.write("write -P 17 1M 3M", "flush")
         let before = try checksum(bench.image)
         #expect(try bench.snapshot("one") == "")
-        #expect(try bench.command("exports").lines.contains { $0.hasPrefix("\"disk@one\"") && $0.contains("read-only") })
+        #expect(
+            try bench.command("exports").lines.contains { $0.hasPrefix("\"disk@one\"") && $0.contains("read-only") })
         // A writer all over the disk, as long as the snapshot is read.
         let output = try namelessFile()
         defer { close(output) }
@@ -92,6 +93,8 @@ func changedRanges(_ uri: String, since checkpoint: String) throws -> [String] {
         let copy = bench.folder.file("backup")
         try bench.snapshot("cp0")
         try run("nbdcopy", bench.gateway.uri("disk@cp0"), copy)
+        let ours = bench.folder.file("ours")
+        try run("diskgate", "copy", bench.gateway.uri("disk@cp0"), ours)
         for index in 1...5 {
             try bench.write(
                 "write -P \(index) \(index * 3)M 70k", "write -z \(index)M 128k", "discard \(20 + index % 3)M 64k",
@@ -110,6 +113,9 @@ func changedRanges(_ uri: String, since checkpoint: String) throws -> [String] {
             let whole = bench.folder.file("whole")
             try run("nbdcopy", uri, whole)
             #expect(try isSame(copy, whole), "checkpoint \(index)")
+            // diskgate's own copier does the same, onto a copy of its own.
+            try run("diskgate", "copy", uri, ours, "--changed", "cp\(index - 1)")
+            #expect(try isSame(ours, whole), "checkpoint \(index), by diskgate copy")
             #expect(try bench.command("snapshot", "--release", "disk@cp\(index - 1)").status == 0)
         }
         let all = try changedRanges(bench.gateway.uri("disk@cp5"), since: "cp0").joined()

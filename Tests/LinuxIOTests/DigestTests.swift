@@ -39,7 +39,9 @@ import Testing
                 let content = patternBytes(count, seed: 2)
                 #expect(try readSmallFile(try directory.makeFile("file", content)) == content)
             }
-            #expect(try readSmallFile(try directory.makeFile("file", patternBytes(70_000, seed: 2))).count == 65536)
+            let large = try directory.makeFile("file", patternBytes(70_000, seed: 2))
+            try requireError(.tooLarge, "a larger file") { _ = try readSmallFile(large) }
+            #expect(try readSmallFile(large, limit: 70_000).count == 70_000)
             try requireError(.notFound, "no file") { _ = try readSmallFile(directory.file("nothing")) }
         }
     }

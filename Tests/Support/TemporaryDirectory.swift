@@ -8,6 +8,9 @@ public struct TemporaryDirectory: Sendable {
     /// Its path.
     public let path: String
 
+    /// A directory that is there, and that somebody else removes.
+    public init(path: String) { self.path = path }
+
     /// The path of a file in it.
     public func file(_ name: String) -> String { "\(path)/\(name)" }
 

@@ -34,6 +34,11 @@ private struct Bench {
         try disk.makeSnapshot(checkpoint: name, space: space) { _ in }
     }
 
+    /// The name of the disk's folder.
+    func folderName() throws -> String {
+        try #require(namesInDirectory(checkpoints).first { !$0.hasSuffix(".lock") })
+    }
+
     /// The checkpoint files, as a crash would leave them.
     func copyState(to name: String) throws { try run("cp", "-a", checkpoints, directory.file(name)) }
 
@@ -169,7 +174,8 @@ private func chunks(_ snapshot: CheckpointSnapshot, since name: String) throws -
             for name in ["one", "two", "three"] { _ = try bench.snapshot(try #require(disk), name) }
             try disk?.close()
             disk = nil
-            let folder = "\(bench.checkpoints)/\(try #require(namesInDirectory(bench.checkpoints).first { !$0.hasSuffix(".lock") }))"
+            let folder =
+                "\(bench.checkpoints)/\(try bench.folderName())"
             try bench.copyState(to: "good")
             let damage: [(String, String)] = [
                 ("one", "printf x | dd of=$F bs=1 seek=8200 conv=notrunc"),
@@ -232,7 +238,7 @@ private func chunks(_ snapshot: CheckpointSnapshot, since name: String) throws -
             let disk = try bench.open()
             _ = try bench.snapshot(disk, "one")
             try write(disk, chunk: 70)
-            let folder = try #require(namesInDirectory(bench.checkpoints).first { !$0.hasSuffix(".lock") })
+            let folder = try bench.folderName()
             let file = try contentOfFile("\(bench.checkpoints)/\(folder)/one.cbt")
             let bits = Array(file[8192...])
             #expect(bits[..<8].allSatisfy { $0 == 0 } && bits[8..<16].allSatisfy { $0 == 0xFF })

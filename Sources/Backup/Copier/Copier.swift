@@ -67,6 +67,13 @@ public struct CopyOptions: Sendable {
 
     /// The defaults.
     public init() {}
+
+    /// Throws `.invalid` for options that cannot be.
+    func check() throws(BlockError) {
+        if let workers, !(1...16).contains(workers) {
+            throw BlockError(.invalid, "copying with \(workers) workers: give a number from 1 to 16")
+        }
+    }
 }
 
 /// Copies a disk, or what changed of it, to a target.
@@ -93,9 +100,7 @@ public final class Copier: Sendable {
         if target.size < size {
             throw BlockError(.noSpace, "\(doing): the target has \(target.size) bytes, the source \(size)")
         }
-        if let workers = options.workers, !(1...16).contains(workers) {
-            throw BlockError(.invalid, "\(doing): \(workers) workers are not between 1 and 16")
-        }
+        try options.check()
         if changed != nil && target.isSequential {
             throw BlockError(.invalid, "\(doing): a stream cannot take only what changed")
         }

@@ -35,7 +35,8 @@ public enum CopyDestination: Sendable, Equatable {
                 return
             }
             switch status.st_mode & S_IFMT {
-            case S_IFREG: self = .file(path)
+            // A link stays one: what it names is replaced.
+            case S_IFREG: self = .file(try Self.real(path))
             case S_IFBLK: self = .node(path)
             case S_IFDIR: throw BlockError(.invalid, "copying to \(path): it is a directory; name a file in it")
             default:
@@ -45,6 +46,14 @@ public enum CopyDestination: Sendable, Equatable {
         case .pattern, .memory, .point:
             throw BlockError(.invalid, "copying to \(text): nothing can be written there; name a file or an NBD URI")
         }
+    }
+}
+
+extension CopyDestination {
+    private static func real(_ path: String) throws(BlockError) -> String {
+        guard let real = realpath(path, nil) else { throw BlockError(errno: errno, "copying to \(path)") }
+        defer { free(real) }
+        return String(cString: real)
     }
 }
 
@@ -115,8 +124,14 @@ final class OpenDestination {
             let identity = CopyIdentity(
                 source: source, scope: scope, target: "file \(status.st_dev):\(status.st_ino), \(size) bytes")
             if rules.isChange { marker = "\(path).incomplete" } else { partial = (parts.path, path) }
-            try openJournal(rules.journal ?? "\(path).journal", identity, rules)
-            if rules.isChange { try mark(path) }
+            do throws(BlockError) {
+                try openJournal(rules.journal ?? "\(path).journal", identity, rules)
+                if rules.isChange { try mark(path) }
+            } catch {
+                // A new file without a journal is of no use to anybody.
+                if !rules.isChange && !rules.resumes { unlink(parts.path) }
+                throw error
+            }
         case .node(let path):
             let disk = try BlockNodeDevice.open(path, Self.writable(direct: true))
             (target, device) = (DeviceTarget(disk), disk)

@@ -69,6 +69,7 @@ public enum CopyJob {
             throw BlockError(
                 .invalid, "copying to standard output: --verify and --changed need a destination that can be read")
         }
+        try request.options.check()
         let source = try CopySource.open(request.source, reconnects: request.options.retries > 0)
         let device = source.device
         let scope = request.changed ?? "everything"
@@ -127,8 +128,8 @@ public enum CopyJob {
         guard let first = result.firstDifference else { return result.bytes }
         throw BlockError(
             .corrupt,
-            "verifying \(copy.info.name): it differs from \(source.device.info.name) in \(result.differences) pieces of "
-                + "64 KiB, first at offset \(first); the source may be changing, or the storage of one of them is "
+            "verifying \(copy.info.name): it differs from \(source.device.info.name) in \(result.differences) pieces "
+                + "of 64 KiB, first at offset \(first); the source may be changing, or the storage of one of them is "
                 + "defective")
     }
 

@@ -56,7 +56,8 @@ public final class CopySource: Sendable {
         }
         let device = try disk.open()
         let part = "partition \(disk.partition ?? 0), from \(disk.offset), \(device.info.size) bytes"
-        return CopySource(device, identity: "\(try fileIdentity(source)), \(part)")
+        let facts = device.info.identity.filter { $0.key != "connections" }.map { "\($0.key) \($0.value)" }
+        return CopySource(device, identity: ([try fileIdentity(source), part] + facts).joined(separator: ", "))
     }
 
     /// What names a file's content: which file it is, and when it was written last.

@@ -3,8 +3,8 @@ public import Block
 
 /// The receiving end of a copy: a disk of a fixed size that is filled range by range.
 ///
-/// Every call may come from any thread, several at a time, for ranges that do not overlap; with `isSequential` they come
-/// one at a time, in order, and cover every byte from 0.
+/// Every call may come from any thread, several at a time, for ranges that do not overlap; with `isSequential` they
+/// come one at a time, in order, and cover every byte from 0.
 public protocol CopyTarget: AnyObject, Sendable {
     /// What the target is to people: a path or a URI.
     var name: String { get }

@@ -23,8 +23,8 @@ public struct PointSummary: Codable, Sendable, Equatable {
     public var isSuspect: Bool
 }
 
-/// The index. It is never trusted over the manifests: what is asked for is what they say, and a manifest that is not the
-/// one that was read (size, time of change, inode) is read again. Where it is damaged or cannot be written, the
+/// The index. It is never trusted over the manifests: a manifest that is not the one that was
+/// read (size, time of change, inode) is read again. Where it is damaged or cannot be written, the
 /// manifests are read.
 struct Catalogue {
     static let fileName = "catalogue.sqlite"

@@ -1,4 +1,4 @@
-// Which files have a disk's content at a point: its own, that of the point it is based on, and so on down to a full one.
+// Which files have a disk's content at a point: its own, that of its base, and so on to a full one.
 import Block
 import Glibc
 import LinuxIO

@@ -37,7 +37,7 @@ extension Repository {
     /// Opens a disk of a point. The point cannot be removed while the device is open.
     ///
     /// - Parameter disk: its id; nil for the only one.
-    /// - Throws: `.notFound` when there is no such disk, naming the file and the point when one of the chain is missing;
+    /// - Throws: `.notFound` when there is no such disk, naming file and point when one of the chain is missing;
     ///   `.denied` while the point is being removed.
     public func open(_ point: RestorePoint, disk: String?) throws(BlockError) -> any BlockDevice {
         let lock = try lockPoint(point)

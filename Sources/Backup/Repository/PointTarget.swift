@@ -5,8 +5,8 @@ import Glibc
 import LinuxIO
 import Synchronization
 
-/// What a driver writes a disk of a point with. The file has its `.partial` name; ranges are whole chunks, or end at the
-/// disk's end; each chunk comes once.
+/// What a driver writes a disk of a point with. The file has its `.partial` name; ranges are whole chunks, or end
+/// at the disk's end; each chunk comes once.
 protocol PointFile: AnyObject, Sendable {
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError)
     func zero(_ range: Range<UInt64>) throws(BlockError)
@@ -53,13 +53,7 @@ final class PointTarget: CopyTarget {
         let (end, overflow) = offset.addingReportingOverflow(UInt64(bytes.count))
         if overflow { throw BlockError(.outOfRange, "writing at \(offset) of \(name): past the end") }
         try check(offset..<end)
-        var done = 0
-        while done < bytes.count {
-            let count = min(Int(granularity), bytes.count - done)
-            let chunk = UnsafeRawBufferPointer(rebasing: bytes[done..<(done + count)])
-            try hashes.record((offset + UInt64(done)) / granularity, chunk)
-            done += count
-        }
+        try hashes.record(offset / granularity, bytes)
         try file.write(bytes, at: offset)
         dataBytes.wrappingAdd(UInt64(bytes.count), ordering: .relaxed)
     }

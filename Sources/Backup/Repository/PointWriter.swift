@@ -247,8 +247,8 @@ extension Repository {
         return greatest + 1
     }
 
-    /// Gives back what an obligation of the kind `partialObligation` stands for: what a run has left of a point that was
-    /// not committed. A point that was committed stays. Done again, it changes nothing.
+    /// Gives back what an obligation of the kind `partialObligation` stands for: what a run has left of a point that
+    /// was not committed. A point that was committed stays. Done again, it changes nothing.
     ///
     /// - Throws: `.invalid` for an obligation of another kind or repository, or `BlockError` when a file stays.
     public func settle(_ obligation: Obligation) throws(BlockError) {

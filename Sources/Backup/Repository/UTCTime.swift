@@ -1,4 +1,4 @@
-// Moments as restore points have them: UTC, readable in manifests and file names, with the calendar that retention needs.
+// Moments as restore points have them: UTC, readable in names and manifests, with the calendar of retention.
 import Glibc
 
 /// A moment in UTC, to the millisecond.

@@ -1,4 +1,4 @@
-// Writes a disk of a restore point to another disk: whole, or only where they differ; every chunk is checked on the way.
+// Writes a disk of a restore point to another disk: whole, or only what differs; every chunk is checked on the way.
 public import Block
 import Glibc
 import LinuxIO

@@ -37,7 +37,8 @@ struct DiskRun {
         if device.info.size != disk.size {
             throw BlockError(
                 .inputOutput,
-                "reading the disk \(disk.id) at \(disk.source): it has \(device.info.size) bytes there, not \(disk.size)")
+                "reading the disk \(disk.id) at \(disk.source): it has \(device.info.size) bytes there, not \(disk.size)"
+            )
         }
         guard plan.since != nil, let changed = disk.changedContext, let last = context.last else {
             let downgrade =
@@ -120,7 +121,8 @@ struct DiskRun {
             list.removeAll()
             let end = try device.status(context, of: position..<device.info.size, into: &list)
             if end <= position || end > device.info.size || list.length != end - position {
-                throw BlockError(.inputOutput, "asking \(device.info.name) about \(position): its answer makes no sense")
+                throw BlockError(
+                    .inputOutput, "asking \(device.info.name) about \(position): its answer makes no sense")
             }
             for extent in list.extents {
                 body(position..<(position + extent.length), extent.value)

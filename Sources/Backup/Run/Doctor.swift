@@ -56,11 +56,13 @@ public struct Doctor: Sendable {
                     try Repository.open(at: path)
                 } else { nil }
             // Only the repository knows whether the run's point is durable; without it nothing may be decided.
-            if repository == nil, let path = ledger.run.repository, ledger.obligations.contains(where: { needsPoint($0) })
+            if repository == nil, let path = ledger.run.repository,
+                ledger.obligations.contains(where: { needsPoint($0) })
             {
                 throw BlockError(.notFound, "there is no repository at \(path) to ask whether the run was finished")
             }
-            let adopted = try repository.map { (known) throws(BlockError) in try isSealed(ledger.run, in: known) } ?? false
+            let adopted =
+                try repository.map { (known) throws(BlockError) in try isSealed(ledger.run, in: known) } ?? false
             for obligation in ledger.obligations.reversed() {
                 do throws(BlockError) {
                     if obligation.kind.hasPrefix("repository.") {

@@ -2,8 +2,8 @@
 
 /// Keeps note of what changes on a disk.
 public protocol ChangeRecorder: AnyObject, Sendable {
-    /// Notes, so that a crash does not lose it, that a range is about to change. May block; what cannot be stored is the
-    /// recorder's trouble, not the writer's.
+    /// Notes, so that a crash does not lose it, that a range is about to change. May block; what cannot be stored is
+    /// the recorder's trouble, not the writer's.
     func record(_ range: Range<UInt64>)
 
     /// Whether `record` of a range would return at once.

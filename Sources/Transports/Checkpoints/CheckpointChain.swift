@@ -6,8 +6,8 @@ import LinuxIO
 
 /// The directory of one disk's checkpoints.
 ///
-/// `chain` names them in order, one in a line, after a line that says what it is; each has a file NAME.cbt with what has
-/// changed from it to the next one. The chain is what counts: a file that it does not name was left by a crash.
+/// `chain` names them in order, one in a line, after a line that says what it is; each has a file NAME.cbt with what
+/// has changed from it to the next one. The chain is what counts: a file that it does not name was left by a crash.
 struct CheckpointChain {
     /// A checkpoint of the chain.
     struct Entry {

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from .process import BenchError
 from .servers import Server
-from .workloads import FLOOR, Copy, CopyIn, Fio, Load, Row, Start
+from .workloads import COPIERS, FLOOR, Copy, CopyIn, CopyOut, Fio, Load, Row, Start
 
-Workload = Copy | CopyIn | Fio | Load | Start
+Workload = Copy | CopyIn | CopyOut | Fio | Load | Start
 
 EVERY_SERVER = ("diskgate", "nbdkit", "qemu-nbd", "qemu-nbd-uring", "nbd-server")
 TLS_SERVERS = ("diskgate", "nbdkit", "qemu-nbd")
@@ -28,6 +28,8 @@ class Case:
     def programs(self) -> dict[str, str]:
         """The client programs that the case needs, and their Debian packages."""
         match self.workload:
+            case CopyOut():
+                needed = {"nbdcopy": "libnbd-bin", "qemu-img": "qemu-utils"}
             case Copy() | CopyIn():
                 needed = {"nbdcopy": "libnbd-bin"}
             case Fio():
@@ -48,6 +50,10 @@ class Case:
         return {self.disk} | {disk for _, _, disk in self.extra_rows}
 
     def rows(self, servers: dict[str, Server], selected: set[str]) -> list[Row]:
+        if isinstance(self.workload, CopyOut):
+            # The same server for all: it is the clients that are compared.
+            return [Row(name, servers["nbdkit"], self.disk, client=name) for name, (program, *_) in COPIERS.items()
+                    if "nbdkit" in selected and (program != "diskgate" or "diskgate" in selected)]
         wanted = [(name, name, self.disk) for name in self.servers] + list(self.extra_rows)
         return [Row(label, servers.get(name), disk) for label, name, disk in wanted if name in selected]
 
@@ -87,6 +93,10 @@ CASES = [
          Copy(), disk="sparse"),
     Case("seq-write-unix", "nbdcopy from a file to a writable export over existing data, unix socket",
          CopyIn(), disk="target"),
+    Case("copy-sparse", "nbdkit to a new sparse file, a disk allocated to 30 %, page cache, unix socket; GiB of data. "
+         "diskgate flushes, the others do not", CopyOut(), servers=("diskgate", "nbdkit"), disk="sparse"),
+    Case("copy-sparse-flushed", "the same, all flush", CopyOut(flushed=True), servers=("diskgate", "nbdkit"),
+         disk="sparse"),
     _hot(1, 1), _hot(1, 32), _hot(4, 32), _hot(32, 4), _hot(1, 32, "-tcp", tcp=True),
     _cold(1, 32), _cold(4, 16),
     Case("rand-write-1x32", "4 KiB random writes over existing data, 1 connection, 32 in flight",

@@ -29,6 +29,7 @@ class ClientRun:
     seconds: float
     cpu_seconds: float
     output: str
+    peak_rss_mib: float
 
 
 def run_client(argv: list[str]) -> ClientRun:
@@ -53,7 +54,7 @@ def run_client(argv: list[str]) -> ClientRun:
             errors.seek(0)
             raise BenchError(f"{shlex.join(argv)}\nended with status {process.returncode}: "
                              f"{last_lines(errors.read().decode(errors='replace'))}")
-    return ClientRun(seconds, usage.ru_utime + usage.ru_stime, output)
+    return ClientRun(seconds, usage.ru_utime + usage.ru_stime, output, usage.ru_maxrss / 1024)
 
 
 def last_lines(text: str, count: int = 5) -> str:

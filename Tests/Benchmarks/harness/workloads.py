@@ -1,7 +1,9 @@
 """What is measured: each workload runs one server once and returns its figures."""
 
 import json
+import os
 import pathlib
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ class Metric:
 
 SERVER_CPU_GIB = Metric("server_cpu_per_gib", "server CPU s/GiB", "lower")
 CLIENT_CPU_GIB = Metric("client_cpu_per_gib", "client CPU s/GiB")
+CLIENT_CPU_COMPARED = Metric("client_cpu_per_gib", "client CPU s/GiB", "lower")
+CLIENT_RSS = Metric("client_rss_mib", "client RSS MiB", "lower")
 SERVER_CPU_OP = Metric("server_cpu_us", "server CPU µs/op", "lower")
 CLIENT_CPU_OP = Metric("client_cpu_us", "client CPU µs/op")
 GIB_RATE = Metric("gib_per_second", "GiB/s", "higher")
@@ -54,6 +58,7 @@ class Bench:
     seconds: float
     passes: int
     credentials: pathlib.Path  # what make-certificates made
+    diskgate: str = "diskgate"  # the program, where it is a client
 
     def tls(self, kind: str | None) -> TLS | None:
         return TLS(kind, self.credentials) if kind else None
@@ -66,6 +71,7 @@ class Row:
     label: str
     server: Server | None
     disk: str
+    client: str = ""  # where clients are compared, which one
 
 
 @dataclass
@@ -163,6 +169,45 @@ class Copy:
             "server_cpu_per_gib": figures["sender_cpu_per_gib"],
             "client_cpu_per_gib": figures["receiver_cpu_seconds"] / gib,
         }
+
+
+# Programs that copy a disk from a server to a new file: of what, and with what added where all flush.
+COPIERS = {
+    "diskgate": ("diskgate", ["copy", "{uri}", "{target}", "--force"], []),
+    "nbdcopy": ("nbdcopy", ["{uri}", "{target}"], ["--flush"]),
+    "qemu-img": ("qemu-img", ["convert", "-f", "raw", "-O", "raw", "{uri}", "{target}"], ["-t", "writeback"]),
+    "qemu-img -W -m 8": ("qemu-img", ["convert", "-W", "-m", "8", "-f", "raw", "-O", "raw", "{uri}", "{target}"],
+                         ["-t", "writeback"]),
+}
+
+
+@dataclass(frozen=True)
+class CopyOut:
+    """A copy of the whole disk to a new sparse file, by one client after the other; per GiB of data."""
+
+    flushed: bool = False  # whether those that need not are told to flush
+    metrics = (GIB_RATE, CLIENT_CPU_COMPARED, CLIENT_RSS, SERVER_CPU_GIB, OTHERS)
+
+    def run(self, bench: Bench, row: Row, round: int) -> Sample:
+        path = bench.disks.path(row.disk)
+        target = bench.disks.directory / "copy.raw"
+        target.unlink(missing_ok=True)
+        program, arguments, flush = COPIERS[row.client]
+        program = bench.diskgate if program == "diskgate" else program
+
+        def command(running: RunningServer) -> list[str]:
+            filled = [argument.format(uri=running.uri, target=target) for argument in arguments]
+            # Options come first, or behind the subcommand.
+            return [program, *filled[:1], *flush, *filled[1:]] if self.flushed else [program, *filled]
+
+        measurement = measure(row.server, make_export(path), lambda running: [command(running)],
+                              before=lambda: disks.warm(path))
+        if round == 0 and subprocess.run(["cmp", path, target]).returncode != 0:
+            raise BenchError(f"the copy by {row.label} differs from the disk")
+        target.unlink()
+        os.sync()  # what is still to be written is not the next one's business
+        sample = measurement.per_gib(path.stat().st_blocks * 512)
+        return sample | {"client_rss_mib": measurement.runs[0].peak_rss_mib}
 
 
 @dataclass(frozen=True)

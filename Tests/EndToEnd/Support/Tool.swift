@@ -36,7 +36,7 @@ struct Tool {
         "nbdinfo": "libnbd-bin", "qemu-img": "qemu-utils", "qemu-io": "qemu-utils",
         "fio": "fio", "socat": "socat", "cmp": "diffutils", "sha256sum": "coreutils", "losetup": "mount", "sh": "dash",
         "systemd-socket-activate": "systemd", "python3": "python3-libnbd",
-        "curl": "curl",
+        "curl": "curl", "qemu-system-x86_64": "qemu-system-x86", "flock": "util-linux",
     ]
 
     /// A program by its name; a test without it fails, since a skipped one would not be missed.

@@ -100,7 +100,8 @@ final class MovingDevice: BlockDevice {
     private let movesLeft: Atomic<Int>
     private let holders = Atomic<Int>(0)
 
-    /// A device that moves this many times, `Int.max` for one that never rests. Its bytes are 0x11; what was there before is 0xEE.
+    /// A device that moves this many times, `Int.max` for one that never rests. Its bytes are 0x11; what was there
+    /// before is 0xEE.
     init(size: Int, moves: Int, traits: FileTraits, directory: String = "/var/tmp") throws {
         info = DeviceInfo(size: UInt64(size), format: "raw", name: "moving")
         files = try [UInt8(0xEE), 0x11].map { value in

@@ -1,4 +1,4 @@
-// The reference counts of an image that is changed in place: which clusters are free, and how they stay right in a crash.
+// Reference counts of an image that is changed in place: which clusters are free, and how they stay right in a crash.
 import Block
 
 /// Counts references to the clusters of an existing file, and finds free ones.

@@ -111,7 +111,7 @@ public final class Qcow2Writer: @unchecked Sendable {
     ///
     /// - Parameters:
     ///   - path: where; a name that nobody takes for a finished image, to be renamed after `finish`.
-    ///   - size: the disk's size in bytes. The image's is the next multiple of 512: qemu does not read parts of sectors.
+    ///   - size: the disk's size in bytes. The image has whole sectors: qemu reads no parts of them.
     ///   - backing: the image below, for one that has only changes.
     ///   - keepsCache: whether written pages may stay in the page cache; false writes back behind the writer and drops
     ///     them, so that a large backup does not push out what the host needs.
