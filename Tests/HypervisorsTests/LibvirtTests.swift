@@ -177,9 +177,12 @@ struct LibvirtTests {
             try session.finish(adopting: true)
             #expect(try domain.checkpoints() == ["theirs", "diskgate-r-1"])
             // A bitmap that was removed behind libvirt's back.
+            let removal: JSONValue = [
+                "execute": "block-dirty-bitmap-remove",
+                "arguments": ["node": "libvirt-1-format", "name": "diskgate-r-1"],
+            ]
             try domain.lab([
-                "virsh", "--", "qemu-monitor-command", "lab",
-                #"{"execute":"block-dirty-bitmap-remove","arguments":{"node":"libvirt-1-format","name":"diskgate-r-1"}}"#,
+                "virsh", "--", "qemu-monitor-command", "lab", String(decoding: removal.encoded, as: UTF8.self),
             ])
             let full = try provider.begin(domain.wanted(since: "diskgate-r-1", "r-2"), ledger: other)
             #expect(full.disks[0].downgrade?.contains("of no use") == true, "\(full.disks[0])")

@@ -57,8 +57,8 @@ struct QEMUPlace: Sendable {
         monitor = .tcp(host: host, port: port)
         guard let (servingHost, servingPort) = uri.parameter("nbd").flatMap(hostAndPort), scratch != nil else {
             throw uri.bad(
-                "over TCP, QEMU needs an address to serve the disks from, nbd=HOST:PORT, and a directory of its machine "
-                    + "for scratch files, scratch=DIRECTORY")
+                "over TCP, QEMU needs an address to serve the disks from, nbd=HOST:PORT, and a directory of its "
+                    + "machine for scratch files, scratch=DIRECTORY")
         }
         serving = .network(host: servingHost, port: servingPort)
         let isLoopback = servingHost == "localhost" || IPAddress(servingHost)?.isLoopback == true

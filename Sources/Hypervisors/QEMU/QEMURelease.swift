@@ -150,8 +150,8 @@ final class QEMURelease {
             if details["persistent"] != "true" { return }
             throw BlockError(
                 .shutdown,
-                "\(adopted ? "replacing checkpoints by" : "removing the checkpoint") \(new) on \(disk) of \(place.name): "
-                    + "no QEMU runs there, and the bitmap is in the disk's image; start the machine, then run "
+                "\(adopted ? "replacing checkpoints by" : "removing the checkpoint") \(new) on \(disk) of "
+                    + "\(place.name): no QEMU runs there, and the bitmap is in the disk's image; start it, then run "
                     + "diskgate doctor --fix (where the machine is gone for good, nothing is lost by forgetting it)")
         }
         for (node, bitmaps) in try places(of: new, disk: disk, node: node, monitor) {

@@ -128,7 +128,8 @@ final class QEMUSnapshot {
             let problem = since.flatMap { disk.problem(since: $0) }
             if !disk.keepsBitmaps {
                 warnings.append(
-                    "\(disk.id): its changes are known only as long as QEMU runs: a \(disk.format) image keeps no bitmaps"
+                    "\(disk.id): its changes are known only as long as QEMU runs: "
+                        + "a \(disk.format) image keeps no bitmaps"
                 )
             }
             // A machine at the other end of a network keeps one scratch file, which nobody here can remove.
@@ -168,7 +169,8 @@ final class QEMUSnapshot {
             if chown(path, peer.user, peer.group) < 0 {
                 throw BlockError(
                     errno: errno,
-                    "giving the scratch directory \(path) to QEMU's user \(peer.user) (run diskgate as that user, or root)"
+                    "giving the scratch directory \(path) to QEMU's user \(peer.user) "
+                        + "(run diskgate as that user, or root)"
                 )
             }
         }
@@ -210,7 +212,8 @@ final class QEMUSnapshot {
         if let other = exports.first(where: { $0["type"]?.string == "nbd" }) {
             throw BlockError(
                 .denied,
-                "QEMU serves NBD exports already (\(other["id"]?.string ?? "")), and has only one server: end that first"
+                "QEMU serves NBD exports already (\(other["id"]?.string ?? "")), and has only one server: "
+                    + "end that first"
             )
         }
         try intend("qemu.server", ["run": short].merging(socket.map { ["socket": $0] } ?? [:]) { $1 })

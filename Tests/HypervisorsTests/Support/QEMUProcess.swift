@@ -49,7 +49,8 @@ final class QEMUProcess {
                 "qemu-io", ["-f", disk.format, "-c", "write -q -P 0x11 0 8M", disk.path])
             words += [
                 "-blockdev",
-                "driver=\(disk.format),node-name=node-\(disk.id),discard=unmap,file.driver=file,file.filename=\(disk.path)",
+                "driver=\(disk.format),node-name=node-\(disk.id),discard=unmap,"
+                    + "file.driver=file,file.filename=\(disk.path)",
                 "-device", "virtio-blk-pci,drive=node-\(disk.id),id=\(disk.id)",
             ]
         }
