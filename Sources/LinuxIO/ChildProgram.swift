@@ -116,7 +116,7 @@ public enum ChildProgram {
         return (status, said[0], said[1])
     }
 
-    /// Starts a program whose standard output and error can be read. Their other ends are closed here on return, so that
+    /// Starts a program whose standard output and error can be read. Their other ends are closed here, so that
     /// they end with the program.
     private static func startPiped(_ words: [String]) throws(BlockError) -> (pid_t, Descriptor, Descriptor) {
         let (output, outputEnd) = try pipe()

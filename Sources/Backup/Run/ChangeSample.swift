@@ -205,7 +205,8 @@ struct ChangeSample {
             suspects.append(
                 (
                     point,
-                    "a later run has found that changes of disk \(disk) at \(chunk * ChunkHashes.chunkSize) were not told"
+                    "a later run has found that changes of disk \(disk) at \(chunk * ChunkHashes.chunkSize) "
+                        + "were not told"
                 ))
         }
         return suspects
