@@ -1,5 +1,6 @@
 // Makes a point in time of a running domain's disks, with the checkpoint that the next run asks for.
 import Block
+import CLinux
 import Glibc
 import LinuxIO
 import Transports
@@ -141,11 +142,12 @@ final class LibvirtSnapshot {
 
     /// Begins the backup and the checkpoint, which libvirt does in one step.
     private func start(_ parts: [Part]) throws(BlockError) {
-        // virsh reads descriptions from files only; the process is ours, so are they.
+        // virsh reads descriptions from files only.
         let backup = try TemporaryText(backupDescription(parts))
         let checkpoint = try TemporaryText(checkpointDescription(parts))
         Step.reached("libvirt.before-begin")
         do throws(BlockError) {
+            defer { withExtendedLifetime((backup, checkpoint)) {} }
             _ = try place.virsh.run(["backup-begin", place.domain, backup.path, checkpoint.path], seconds: 30)
         } catch {
             let isDenied = error.message.contains("Permission denied")
@@ -207,21 +209,19 @@ final class LibvirtSnapshot {
     }
 }
 
-/// A text in a file without a name, for a program that this process starts.
+/// A text in memory that a program can read as a file, as long as this process lives: a crash leaves nothing behind.
 private final class TemporaryText {
-    let path: String
+    private let file: Descriptor
+
+    var path: String { "/proc/\(getpid())/fd/\(file.number)" }
 
     init(_ text: String) throws(BlockError) {
-        var template = Array("/var/tmp/diskgate-text-XXXXXX".utf8CString)
-        let number = mkstemp(&template)
-        if number < 0 { throw BlockError(errno: errno, "making a file for virsh in /var/tmp") }
-        let file = Descriptor(owning: number)
-        path = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
+        let number = dg_memfd("diskgate")
+        if number < 0 { throw BlockError(errno: -number, "making a text for virsh") }
+        file = Descriptor(owning: number)
         let bytes = Array(text.utf8)
         if write(file.number, bytes, bytes.count) != bytes.count {
-            throw BlockError(errno: errno, "writing \(path) for virsh")
+            throw BlockError(errno: errno, "writing a text for virsh")
         }
     }
-
-    deinit { unlink(path) }
 }
