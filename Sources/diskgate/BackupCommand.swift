@@ -13,9 +13,9 @@ struct BackupCommand: ParsableCommand {
         discussion: """
             One point in time of all disks is taken and read while the machine runs; what it holds becomes a restore \
             point of the repository, which is made where it is missing. Only blocks that have changed since the point \
-            before are read, as long as the hypervisor knows them; otherwise the disk is read whole, and the exit status \
-            is 3. Whatever the run makes on the hypervisor is given back at its end; after a crash, by the next run or \
-            by diskgate doctor --fix.
+            before are read, as long as the hypervisor knows them; otherwise the disk is read whole, and the exit \
+            status is 3. Whatever the run makes on the hypervisor is given back at its end; after a crash, by the \
+            next run or by diskgate doctor --fix.
             """)
 
     @OptionGroup var machine: MachineArguments
@@ -75,8 +75,8 @@ struct BackupCommand: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "Run this shell command at the end: DISKGATE_RESULT is done, downgraded or failed, the report comes as JSON "
-                + "on standard input.", valueName: "command"))
+            "Run this shell command at the end: DISKGATE_RESULT is done, downgraded or failed, the report comes as "
+                + "JSON on standard input.", valueName: "command"))
     var hook: String?
 
     @OptionGroup var keep: RetentionArguments

@@ -9,8 +9,8 @@ struct DoctorCommand: ParsableCommand {
         commandName: "doctor",
         abstract: "List what crashed runs have left behind, and give it back.",
         discussion: """
-            Without --fix it only lists. Runs that are going on are shown, and never touched. The exit status is 1 when \
-            something is left behind.
+            Without --fix it only lists. Runs that are going on are shown, and never touched. The exit status is 1 \
+            when something is left behind.
             """)
 
     @Flag(help: "Give back what runs that are over have left: bitmaps, exports, scratch files, half-made points.")

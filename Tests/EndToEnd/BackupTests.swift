@@ -1,4 +1,4 @@
-// Backups of a machine: full, then what has changed, each point equal to the disk of its moment, whatever happens between.
+// Backups of a machine: full, then what has changed; each point is the disk of its moment, whatever happens between.
 import Glibc
 import Testing
 

@@ -13,12 +13,14 @@ final class SessionGuardian: Sendable {
     }
 
     private let state = Locked(State())
+    private let session: any SnapshotSession
     private static let interval = 1.0
 
     /// Begins to look after a session.
     ///
     /// - Parameter cancellation: is cancelled when the session does not hold any more.
     init(_ session: any SnapshotSession, _ cancellation: Cancellation) throws(BlockError) {
+        self.session = session
         let state = state
         try startThread(name: "guardian") {
             var next = monotonicSeconds()
@@ -48,7 +50,8 @@ final class SessionGuardian: Sendable {
     /// - Throws: what made the session useless; the bytes that were read cannot be trusted then.
     func verdict() throws(BlockError) {
         stop()
-        if let failure = state.withLock({ $0.failure }) { throw failure }
+        if let failure { throw failure }
+        try session.check()
     }
 
     /// Why work was cancelled, if it was for the session's sake.
