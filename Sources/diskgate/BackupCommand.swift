@@ -61,7 +61,7 @@ struct BackupCommand: ParsableCommand {
     @Option(
         help: ArgumentHelp(
             "Read so much of each disk again that is said to be unchanged, and compare (default: a quarter of what is "
-                + "copied, 4M to 256M; 0 for nothing).", valueName: "bytes"))
+                + "copied, 16M to 256M; 0 for nothing).", valueName: "bytes"))
     var sample: ByteArgument?
 
     @Flag(help: "Read everything again that is said to be unchanged, and compare.")

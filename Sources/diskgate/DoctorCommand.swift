@@ -24,10 +24,11 @@ struct DoctorCommand: ParsableCommand {
 
     func run() throws {
         let doctor = Doctor(stateDirectory: state.directory)
-        let findings = fix ? try doctor.fix(machine: vm) : try doctor.list(machine: vm)
+        let (findings, problems) = fix ? try doctor.fix(machine: vm) : try doctor.list(machine: vm)
         if report.json { try printJSON(findings) } else { show(findings) }
+        for problem in problems { writeError("diskgate: \(problem)") }
         let isLeft = findings.contains { !$0.isGoingOn && (!$0.obligations.isEmpty || !$0.problems.isEmpty) }
-        if isLeft { throw ExitCode(1) }
+        if isLeft || !problems.isEmpty { throw ExitCode(1) }
     }
 
     private func show(_ findings: [Doctor.Finding]) {

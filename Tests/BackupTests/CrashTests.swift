@@ -115,7 +115,7 @@ import Transports
             let isCommitted = name == "seal.manifest-renamed"
             try require(
                 try (model.repository.point(ofRun: "run-9", machine: model.machine) != nil) == isCommitted, name)
-            for ledger in try RunLedger.takeAbandoned(stateDirectory: state) {
+            for ledger in try RunLedger.takeAbandoned(stateDirectory: state).ledgers {
                 for obligation in ledger.obligations {
                     try model.repository.settle(obligation)
                     try model.repository.settle(obligation)

@@ -21,7 +21,7 @@ struct QEMUReleaseTests {
             // While a backup is at work, nothing is taken from under it, and no other begins.
             #expect(throws: BlockError.self) { try provider.unprotect() }
             #expect(try provider.inspect().disks.allSatisfy { $0.obstacle != nil })
-            let obligations = try RunLedger.list(stateDirectory: process.directory.file("state"))
+            let obligations = try RunLedger.list(stateDirectory: process.directory.file("state")).runs
                 .flatMap(\.obligations)
             let kinds = Set(obligations.map(\.kind))
             #expect(kinds == ["qemu.directory", "qemu.node", "qemu.server", "qemu.checkpoint", "qemu.job"])

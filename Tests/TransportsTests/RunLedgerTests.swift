@@ -18,21 +18,21 @@ import Transports
                 try ledger.settle(bitmap)
                 #expect(ledger.obligations.map(\.kind) == ["qemu.scratch"])
                 // While it is going on, nobody takes it, and everybody sees it.
-                #expect(try RunLedger.takeAbandoned(stateDirectory: state).isEmpty)
-                let listed = try RunLedger.list(stateDirectory: state)
+                #expect(try RunLedger.takeAbandoned(stateDirectory: state).ledgers.isEmpty)
+                let listed = try RunLedger.list(stateDirectory: state).runs
                 #expect(listed.count == 1 && listed[0].isGoingOn && listed[0].run == ledger.run)
             }
-            let taken = try RunLedger.takeAbandoned(stateDirectory: state)
+            let taken = try RunLedger.takeAbandoned(stateDirectory: state).ledgers
             let ledger = try #require(taken.first)
             #expect(taken.count == 1 && ledger.run.machine == "qmp+unix:/x" && ledger.run.repository == "/r")
             let left = try #require(ledger.obligations.first)
             #expect(left.details == ["path": "/s", "inode": "17"])
             // Once taken it is held again, and numbers go on.
-            #expect(try RunLedger.takeAbandoned(stateDirectory: state).isEmpty)
+            #expect(try RunLedger.takeAbandoned(stateDirectory: state).ledgers.isEmpty)
             #expect(try ledger.intend("qemu.export", [:]).id > left.id)
             for obligation in ledger.obligations { try ledger.settle(obligation) }
             try ledger.end()
-            #expect(try RunLedger.list(stateDirectory: state).isEmpty)
+            #expect(try RunLedger.list(stateDirectory: state).runs.isEmpty)
         }
     }
 
@@ -61,10 +61,10 @@ import Transports
             let whole = try readSmallFile(path)
             for cut in 1..<whole.count {
                 try writeDurably(path, Array(whole[..<(whole.count - cut)]))
-                guard let ledger = try? RunLedger.takeAbandoned(stateDirectory: state).first else { continue }
+                guard let ledger = try? RunLedger.takeAbandoned(stateDirectory: state).ledgers.first else { continue }
                 #expect(ledger.obligations.count <= 1)
                 let next = try ledger.intend("a.second", [:])
-                let again = try #require(try RunLedger.list(stateDirectory: state).first)
+                let again = try #require(try RunLedger.list(stateDirectory: state).runs.first)
                 #expect(again.obligations.contains(next), "cut off \(cut) bytes")
             }
         }
@@ -91,6 +91,27 @@ import Transports
             let second = try #require(try FileLock.take(path, .shared))
             #expect(try FileLock.take(path) == nil)
             withExtendedLifetime((reader, second)) {}
+        }
+    }
+
+    @Test func oneBadFileKeepsNoOther() throws {
+        try withTemporaryDirectory { directory in
+            let state = directory.file("state")
+            do {
+                let first = try RunLedger.begin(stateDirectory: state, machine: "a", repository: nil)
+                _ = try first.intend("a.b", [:])
+                // Half a line that another follows is a line that was cut off; a whole one that makes no sense is not.
+                let bytes = try readSmallFile(first.path)
+                try writeDurably(first.path, bytes + Array("{\"made\":{\"id\":7}}\n".utf8) + bytes)
+            }
+            try writeDurably(RunLedger.directory(in: state) + "/bad.run", Array("nothing".utf8))
+            let (ledgers, problems) = try RunLedger.takeAbandoned(stateDirectory: state)
+            #expect(ledgers.count == 1 && problems.count == 1)
+            let ledger = try #require(ledgers.first)
+            #expect(ledger.damage != nil)
+            for obligation in ledger.obligations { try ledger.settle(obligation) }
+            try ledger.end()
+            #expect(access(ledger.path, F_OK) == 0)
         }
     }
 }

@@ -19,21 +19,32 @@ struct BackupPlan {
     var disks: [Disk]
     /// The disks that do not.
     var leftOut: [(disk: VirtualDisk, reason: String)]
+    /// Those of them that were backed up before and cannot be now, for people.
+    var missed: [String]
 
     /// Decides on the levels.
     ///
     /// - Parameters:
     ///   - last: the newest point of the machine; nil where there is none.
+    ///   - known: ids of all disks that are in any point of the machine.
     ///   - problem: what keeps a disk of that point from being built upon; nil where nothing does.
     init(
-        _ machine: VirtualMachine, _ request: BackupRequest, last: RestorePoint?,
+        _ machine: VirtualMachine, _ request: BackupRequest, last: RestorePoint?, known: Set<String>,
         problem: (_ disk: PointManifest.Disk) -> String?
     ) throws(BlockError) {
         let (chosen, others) = try request.disks.choose(from: machine)
         leftOut = others
+        // A disk that was backed up before and cannot be now is not left out without a word.
+        missed = others.filter { $0.disk.obstacle == $0.reason && known.contains($0.disk.id) }.map {
+            "disk \($0.disk.id) is left out: \($0.reason)"
+        }
         disks = []
         for disk in chosen {
-            disks.append(Self.level(of: disk, request, last, problem))
+            var level = Self.level(of: disk, request, last, problem)
+            if let last, last.manifest.disk(disk.id) == nil, known.contains(disk.id), !request.isFull {
+                level.isDowngrade = true
+            }
+            disks.append(level)
         }
     }
 

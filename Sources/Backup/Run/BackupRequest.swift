@@ -34,7 +34,7 @@ public struct BackupRequest: Sendable {
 
     /// How much of what is said to be unchanged a run reads again, to find changes that went unrecorded.
     public enum Sampling: Sendable, Equatable {
-        /// Up to 256 MiB, and no more than a quarter of what is copied, but at least 4 MiB.
+        /// Up to 256 MiB, and no more than a quarter of what is copied, but at least 16 MiB.
         case automatic
         /// So many bytes of each disk.
         case bytes(UInt64)
@@ -44,7 +44,7 @@ public struct BackupRequest: Sendable {
         /// The bytes to read again where so many are copied.
         func budget(copied: UInt64) -> UInt64 {
             switch self {
-            case .automatic: max(4 << 20, min(256 << 20, copied / 4))
+            case .automatic: max(16 << 20, min(256 << 20, copied / 4))
             case .bytes(let count): count
             case .everything: .max
             }

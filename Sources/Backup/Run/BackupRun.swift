@@ -80,8 +80,8 @@ public final class BackupRun {
         let repository = try Repository.openOrCreate(at: request.repository)
         let place = try repository.enroll(id: first.id, name: first.name)
         let lock = try lockMachine(place, in: repository)
-        giveBackEarlier()
-        _ = try repository.finishRemovals(of: place, holding: lock)
+        giveBackEarlier(holding: lock)
+        finishRemovals(of: place, in: repository, holding: lock)
         // What earlier runs gave back may have changed what is known of the disks.
         let machine = try inspect(provider)
         let last = try repository.points(of: place).last
@@ -126,10 +126,12 @@ public final class BackupRun {
 
     /// Works off what earlier runs of the machine have left. What cannot be given back does not keep this run from
     /// trying: it stays in their ledgers, and the user is told.
-    private func giveBackEarlier() {
+    private func giveBackEarlier(holding lock: FileLock) {
         do throws(BlockError) {
-            for finding in try Doctor(stateDirectory: request.stateDirectory).fix(machine: request.machine)
-            where !finding.isGoingOn {
+            let doctor = Doctor(stateDirectory: request.stateDirectory)
+            let (findings, problems) = try doctor.fix(machine: request.machine, holding: lock)
+            report.warnings += problems
+            for finding in findings where !finding.isGoingOn {
                 if !finding.settled.isEmpty {
                     report.warnings.append(
                         "what the run \(finding.run.id) had left was given back (\(finding.settled.count) things)")
@@ -141,16 +143,32 @@ public final class BackupRun {
         } catch { report.warnings.append("looking for what earlier runs have left: \(error.message)") }
     }
 
+    /// Finishes the removal of points that a crash has interrupted. One that cannot be finished is no reason not to
+    /// make a new point.
+    private func finishRemovals(of place: RepositoryMachine, in repository: Repository, holding lock: FileLock) {
+        do throws(BlockError) { _ = try repository.finishRemovals(of: place, holding: lock) } catch {
+            report.warnings.append("finishing the removal of a point: \(error.message)")
+        }
+    }
+
     private func makePlan(_ machine: VirtualMachine, _ last: RestorePoint?, _ repository: Repository?)
         throws(BlockError) -> BackupPlan
     {
-        let plan = try BackupPlan(machine, request, last: last) { disk in
+        var known: Set<String> = []
+        if let last, let repository {
+            for point in try repository.points(of: last.machine) { known.formUnion(point.manifest.disks.map(\.id)) }
+        }
+        let plan = try BackupPlan(machine, request, last: last, known: known) { disk in
             guard let last, let repository else { return nil }
             do throws(BlockError) {
+                if try repository.marks(of: last).contains(where: { $0.kind == .suspect }) {
+                    return "point \(last.sequence) is suspect of missing changes"
+                }
                 _ = try repository.chain(of: disk.id, at: last)
                 return nil
             } catch { return error.message }
         }
+        report.downgrades += plan.missed
         report.leftOut = plan.leftOut.map { RunReport.LeftOut(id: $0.disk.id, reason: $0.reason) }
         for disk in plan.disks where disk.isDowngrade {
             report.downgrades.append("disk \(disk.disk.id) is read whole: \(disk.reason ?? "")")
@@ -247,13 +265,24 @@ public final class BackupRun {
                 Step.reached("run.disk-copied")
             }
             try guardian.verdict()
-            let point = try writer.seal(facts(session, context, disks))
+            let point = try seal(writer, facts(session, context, disks), context)
             report.point = RunReport.Point(sequence: point.sequence, id: point.uuid, manifest: point.path)
         } catch {
             do throws(BlockError) { try writer.abandon() } catch {
                 report.warnings.append("removing what was written of the point: \(error.message)")
             }
             throw error
+        }
+    }
+
+    /// Seals the point. Where something goes wrong behind the commit, the point is there all the same.
+    private func seal(_ writer: PointWriter, _ facts: PointFacts, _ context: RunContext) throws(BlockError)
+        -> RestorePoint
+    {
+        do throws(BlockError) { return try writer.seal(facts) } catch {
+            guard let point = try? context.repository.point(ofRun: runID, machine: context.place) else { throw error }
+            report.warnings.append("after the point was sealed: \(error.message)")
+            return point
         }
     }
 
@@ -272,7 +301,6 @@ public final class BackupRun {
             var known = disk.facts
             known.bytesRead = report.disks[index].read
             facts.disks[disk.id] = known
-            facts.suspects += disk.suspects
         }
         return facts
     }

@@ -66,7 +66,8 @@ struct ChangeSample {
         var result = SampleResult()
         result.clean = count - UInt64(dirty.setCount)
         let wanted = min(budget / ChunkHashes.chunkSize, result.clean)
-        let start = lastPlaces?.upperBound ?? 0
+        let start = (lastPlaces?.upperBound ?? 0) % count
+        result.places = start..<start
         if wanted == result.clean {
             result.places = start..<(start + count)
             try readAllClean(into: &result, cancellation)
@@ -192,6 +193,8 @@ struct ChangeSample {
         var oldest: [Int: UInt64] = [:]
         for chunk in result.mismatches {
             for (index, link) in links.enumerated() {
+                // A point that others were merged into holds what they held, too: which of them is not known.
+                if !link.manifest.merged.isEmpty { oldest[link.manifest.sequence] = chunk }
                 // A full point has read the chunk, whatever it holds of it.
                 if link.disk.base == nil { break }
                 if try chain.own(chunk, at: index) != .absent { break }

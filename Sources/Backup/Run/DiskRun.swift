@@ -55,12 +55,15 @@ struct DiskRun {
         guard let first = result.mismatches.first else {
             return DiskRun(disk, source, changed: changed, reason: nil, downgrade: nil, planned: bytes, sample: result)
         }
+        // Said at once: it is true whatever becomes of this run.
+        let suspects = try check.suspects(of: result)
+        for suspect in suspects { try context.repository.mark(suspect.point, .suspect, reason: suspect.reason) }
         let lost =
             "\(result.mismatches.count) chunks that are said to be unchanged had changed, the first at "
             + "\(first * ChunkHashes.chunkSize): the change tracking has lost changes"
         return DiskRun(
             disk, source, changed: nil, reason: lost, downgrade: lost, planned: try allocated(device), sample: result,
-            suspects: try check.suspects(of: result))
+            suspects: suspects)
     }
 
     private init(

@@ -19,6 +19,8 @@ public final class RunLedger: Sendable {
     private struct State {
         var open: [Obligation] = []
         var next = 1
+        /// Whether lines in the middle of the file make no sense: what they stood for is not known.
+        var isDamaged = false
     }
 
     /// A line of the file.
@@ -70,35 +72,56 @@ public final class RunLedger: Sendable {
         return ledger
     }
 
-    /// Takes over the ledgers of runs that are over: those whose lock is free.
+    /// Takes over the ledgers of runs that are over: those whose lock is free. The latest run comes first.
     ///
     /// - Parameter machine: only those of this machine; nil for all.
-    /// - Throws: `BlockError` when the directory or one of its files cannot be read.
-    public static func takeAbandoned(stateDirectory: String, machine: String? = nil) throws(BlockError)
-        -> [RunLedger]
-    {
+    /// - Returns: the ledgers, and why files could not be taken over; one bad file does not keep the others.
+    /// - Throws: `BlockError` when the directory cannot be read.
+    public static func takeAbandoned(stateDirectory: String, machine: String? = nil) throws(BlockError) -> (
+        ledgers: [RunLedger], problems: [String]
+    ) {
         var ledgers: [RunLedger] = []
-        for path in try files(in: stateDirectory) {
-            guard let (lock, run, state) = try load(path, locking: true), let lock else { continue }
-            if machine == nil || run.machine == machine {
-                ledgers.append(RunLedger(run: run, path: path, lock: lock, state: state))
-            }
+        var problems: [String] = []
+        for path in try files(in: stateDirectory, ending: ".run") {
+            do throws(BlockError) {
+                guard let (lock, run, state) = try load(path, .exclusive), let lock else { continue }
+                if machine == nil || run.machine == machine {
+                    ledgers.append(RunLedger(run: run, path: path, lock: lock, state: state))
+                }
+            } catch { problems.append(error.message) }
         }
-        return ledgers
+        removeUnborn(in: stateDirectory)
+        return (ledgers.sorted { $0.run.started > $1.run.started }, problems)
+    }
+
+    /// Removes files of runs that a crash has ended before they had a ledger, and so before they made anything.
+    private static func removeUnborn(in stateDirectory: String) {
+        for path in (try? files(in: stateDirectory, ending: ".new")) ?? [] {
+            guard let file = try? Descriptor.open(path, O_RDWR), let lock = try? FileLock.take(file, path: path) else {
+                continue
+            }
+            // Between its making and its locking it is a moment old; nobody waits for one that is a day old.
+            if let status = try? file.status(), status.st_mtim.tv_sec < time(nil) - 86400 { unlink(path) }
+            withExtendedLifetime(lock) {}
+        }
     }
 
     /// What all runs have to give back, those that are going on among them.
     ///
-    /// - Throws: `BlockError` when the directory or one of its files cannot be read.
-    public static func list(stateDirectory: String) throws(BlockError) -> [(
-        run: RunIdentity, isGoingOn: Bool, obligations: [Obligation]
-    )] {
+    /// - Returns: the runs, and why files could not be read.
+    /// - Throws: `BlockError` when the directory cannot be read.
+    public static func list(stateDirectory: String) throws(BlockError) -> (
+        runs: [(run: RunIdentity, isGoingOn: Bool, obligations: [Obligation])], problems: [String]
+    ) {
         var runs: [(run: RunIdentity, isGoingOn: Bool, obligations: [Obligation])] = []
-        for path in try files(in: stateDirectory) {
-            guard let (lock, run, state) = try load(path, locking: false) else { continue }
-            runs.append((run, lock == nil, state.open))
+        var problems: [String] = []
+        for path in try files(in: stateDirectory, ending: ".run") {
+            do throws(BlockError) {
+                guard let (lock, run, state) = try load(path, .shared) else { continue }
+                runs.append((run, lock == nil, state.open))
+            } catch { problems.append(error.message) }
         }
-        return runs
+        return (runs, problems)
     }
 
     /// What is not given back yet, in the order of making.
@@ -145,7 +168,7 @@ public final class RunLedger: Sendable {
     ///
     /// - Throws: `BlockError` when the file cannot be removed.
     public func end() throws(BlockError) {
-        guard obligations.isEmpty else { return }
+        guard state.withLock({ $0.open.isEmpty && !$0.isDamaged }) else { return }
         if unlink(path) < 0 && errno != ENOENT { throw BlockError(errno: errno, "removing the run's ledger \(path)") }
         try syncDirectory(directoryName(path))
     }
@@ -168,33 +191,46 @@ public final class RunLedger: Sendable {
         if fdatasync(number) < 0 { throw BlockError(errno: errno, "syncing the run's ledger \(path)") }
     }
 
-    private static func files(in stateDirectory: String) throws(BlockError) -> [String] {
+    /// Why not all of the ledger can be worked off; nil when it can.
+    public var damage: String? {
+        state.withLock { $0.isDamaged }
+            ? "reading the run's ledger \(path): lines of it make no sense, and what they stood for may be left" : nil
+    }
+
+    private static func files(in stateDirectory: String, ending: String) throws(BlockError) -> [String] {
         let directory = directory(in: stateDirectory)
         if access(directory, F_OK) < 0 && errno == ENOENT { return [] }
-        return try namesInDirectory(directory).filter { $0.hasSuffix(".run") }.map { "\(directory)/\($0)" }
+        return try namesInDirectory(directory).filter { $0.hasSuffix(ending) }.map { "\(directory)/\($0)" }
     }
 
     /// Reads a ledger.
     ///
-    /// - Parameter locking: whether to leave those alone whose lock somebody holds.
-    /// - Returns: nil when it is gone, or held and to be left alone; the lock is nil when somebody holds it.
-    private static func load(_ path: String, locking: Bool) throws(BlockError) -> (FileLock?, RunIdentity, State)? {
+    /// - Parameter kind: exclusive to take it over, shared to look.
+    /// - Returns: nil when it is gone, or held and to be taken over; the lock is nil when somebody holds it.
+    private static func load(_ path: String, _ kind: FileLock.Kind) throws(BlockError) -> (
+        FileLock?, RunIdentity, State
+    )? {
         let file: Descriptor
         do throws(BlockError) { file = try Descriptor.open(path, O_RDWR | O_APPEND) } catch {
             if error.kind == .notFound { return nil }
             throw error
         }
-        let lock = try FileLock.take(file, path: path)
-        if locking && lock == nil { return nil }
+        let lock = try FileLock.take(file, path: path, kind)
+        if kind == .exclusive && lock == nil { return nil }
         // A run that has ended between listing and locking has removed it.
         if access(path, F_OK) < 0 { return nil }
         let bytes = try readSmallFile(path, limit: 64 << 20)
         // What is written next begins a line, even behind one that a crash has cut off.
-        if locking, let last = bytes.last, last != UInt8(ascii: "\n") { _ = write(file.number, "\n", 1) }
+        if kind == .exclusive, let last = bytes.last, last != UInt8(ascii: "\n") { _ = write(file.number, "\n", 1) }
         var run: RunIdentity?
         var state = State()
-        for line in bytes.split(separator: UInt8(ascii: "\n")) {
-            guard let entry = try? JSONDecoder().decode(Entry.self, from: Data(line)) else { continue }
+        let lines = bytes.split(separator: UInt8(ascii: "\n"))
+        for (index, line) in lines.enumerated() {
+            guard let entry = try? JSONDecoder().decode(Entry.self, from: Data(line)) else {
+                // The last line may be one that a crash has cut off; so may one that another line begins behind.
+                if index + 1 < lines.count && line.last == UInt8(ascii: "}") { state.isDamaged = true }
+                continue
+            }
             run = entry.run ?? run
             if let made = entry.made {
                 state.open.append(made)

@@ -64,7 +64,7 @@ func copyChanges(_ disk: SnapshotDisk, onto path: String) throws -> UInt64 {
 
 /// Gives back all that a ledger has, as a later process does.
 func settleAll(_ process: QEMUProcess, adopted: Bool = false) throws {
-    for ledger in try RunLedger.takeAbandoned(stateDirectory: process.directory.file("state")) {
+    for ledger in try RunLedger.takeAbandoned(stateDirectory: process.directory.file("state")).ledgers {
         let provider = try Hypervisors.open(ledger.run.machine)
         for obligation in ledger.obligations.reversed() {
             try provider.settle(obligation, adopted: adopted)
