@@ -37,8 +37,8 @@ struct DiskRun {
         if device.info.size != disk.size {
             throw BlockError(
                 .inputOutput,
-                "reading the disk \(disk.id) at \(disk.source): it has \(device.info.size) bytes there, not \(disk.size)"
-            )
+                "reading the disk \(disk.id) at \(disk.source): it has \(device.info.size) bytes there, "
+                    + "not \(disk.size)")
         }
         guard plan.since != nil, let changed = disk.changedContext, let last = context.last else {
             let downgrade =

@@ -17,8 +17,8 @@ public struct DiskSelection: Sendable {
 
     /// The disks that take part, and for all others why they do not.
     ///
-    /// - Throws: `.notFound` when a pattern matches no disk, `.invalid` when no disk is left, `.unsupported` when a disk
-    ///   that was asked for by name cannot be backed up.
+    /// - Throws: `.notFound` when a pattern matches no disk, `.invalid` when no disk is left, `.unsupported` when a
+    ///   disk that was asked for by name cannot be backed up.
     public func choose(from machine: VirtualMachine) throws(BlockError) -> (
         disks: [VirtualDisk], leftOut: [(disk: VirtualDisk, reason: String)]
     ) {
