@@ -68,7 +68,7 @@ final class QEMUSnapshot {
         try makeDirectory(monitor)
         for part in parts { try makeScratch(part, monitor) }
         try startServer(monitor)
-        let actions = try prepareActions(parts, monitor, isRunning: status == "running")
+        let actions = try prepareActions(parts, isRunning: status == "running")
         let moment = try SnapshotMoment(
             freezer: place.agent.map { .agent(path: $0) }, request, ledger,
             obstacle: status == "running" ? nil : "the machine is not running, but \(status)")
@@ -223,11 +223,7 @@ final class QEMUSnapshot {
     }
 
     /// What the transaction does, noted in the ledger.
-    private func prepareActions(_ parts: [Part], _ monitor: QMPClient, isRunning: Bool) throws(BlockError)
-        -> [JSONValue]
-    {
-        // Without it, older versions fail the guest's write when the scratch space is full: hence the reserve.
-        let canBreak = try monitor.hasArgument("on-cbw-error", of: "blockdev-backup")
+    private func prepareActions(_ parts: [Part], isRunning: Bool) throws(BlockError) -> [JSONValue] {
         var actions: [JSONValue] = []
         for part in parts {
             try intend(
@@ -260,11 +256,13 @@ final class QEMUSnapshot {
                         "node": .text(part.disk.node), "name": .text(checkpoint),
                         "granularity": .integer(Self.granularity), "persistent": .bool(part.disk.keepsBitmaps),
                     ]))
-            var backup: [String: JSONValue] = [
+            // A block that cannot be copied away fails the guest's write (on-cbw-error=break-guest-write, the default):
+            // the reserve is there to end the run before that. With break-snapshot the write would be done, and what
+            // reads through the scratch node, over the live disk, would see new data without an error.
+            let backup: [String: JSONValue] = [
                 "job-id": .text(part.name), "device": .text(part.disk.node), "target": .text(part.name),
                 "sync": "none",
             ]
-            if canBreak { backup["on-cbw-error"] = "break-snapshot" }
             actions.append(action("blockdev-backup", backup))
         }
         return actions
