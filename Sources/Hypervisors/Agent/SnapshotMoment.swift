@@ -43,12 +43,15 @@ struct SnapshotMoment {
         }
         let obligation = try ledger.intend("guest.freeze", freezer.details)
         Step.reached("guest.freeze-intended")
+        var started: FreezeGuard?
         let held: FreezeGuard
         do throws(BlockError) {
             held = try FreezeGuard(freezer, seconds: request.freezeSecondsMax)
+            started = held
             try held.freeze(seconds: Double(request.freezeSecondsMax))
         } catch {
-            // The guard has thawed what it froze, or was never there.
+            // A guard that was killed, or has given up, may leave a frozen guest: then the obligation stays.
+            if started != nil && error.kind != .unsupported { try thaw(freezer, after: error) }
             try ledger.settle(obligation)
             if request.quiescing == .required { throw error }
             outcome.warnings.append(Self.notFrozen(error.message))
@@ -69,11 +72,22 @@ struct SnapshotMoment {
         if wasFrozen {
             outcome.consistency = .quiesced
         } else {
-            let problem = "the file systems were thawed before the snapshot was made: it took too long"
+            let problem =
+                "the file systems were thawed before the snapshot was made: it took too long, or the guest did it"
             if request.quiescing == .required { throw BlockError(.inputOutput, problem) }
             outcome.warnings.append(Self.notFrozen(problem))
         }
         return outcome
+    }
+
+    /// Makes sure that nothing is frozen after freezing has failed.
+    private func thaw(_ freezer: Freezer, after failure: BlockError) throws(BlockError) {
+        do throws(BlockError) { _ = try freezer.thawSurely(seconds: 60) } catch {
+            throw BlockError(
+                error.kind,
+                "thawing the guest's file systems, after this: \(failure.message): \(error.message); they may still be "
+                    + "frozen: thaw them in the guest, then run diskgate doctor --fix")
+        }
     }
 
     private static func notFrozen(_ reason: String) -> String { "not quiesced, only as after a power cut: \(reason)" }

@@ -78,7 +78,8 @@ struct LibvirtRelease {
             guard let freezer = Freezer(details) else { break }
             // A guest that runs no more is not frozen.
             guard try !isGone(), try LibvirtDomain(place).isRunning else { return }
-            return try freezer.thawSurely(seconds: 60)
+            _ = try freezer.thawSurely(seconds: 60)
+            return
         case ("libvirt.backup", let server?): return try endBackup(server)
         case ("libvirt.checkpoint", let checkpoint?):
             if try isGone() { return }

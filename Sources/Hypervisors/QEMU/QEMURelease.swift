@@ -45,7 +45,7 @@ final class QEMURelease {
         case "guest.freeze":
             guard let freezer = Freezer(details) else { throw unreadable(obligation) }
             // A guest that runs no more is not frozen.
-            if try connected() != nil { try freezer.thawSurely(seconds: 60) }
+            if try connected() != nil { _ = try freezer.thawSurely(seconds: 60) }
         case "qemu.job":
             guard let job = details["job"] else { throw unreadable(obligation) }
             if let monitor = try connected() { try end(job: job, wasRunning: details["running"] == "true", monitor) }
