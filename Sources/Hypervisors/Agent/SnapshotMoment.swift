@@ -18,11 +18,17 @@ struct SnapshotMoment {
     private let obstacle: String?
     private let request: SnapshotRequest
     private let ledger: RunLedger
+    private let details: [String: String]
 
     /// - Parameters:
     ///   - freezer: who freezes; nil where nobody can.
     ///   - obstacle: why freezing cannot be tried; nil when it can.
-    init(freezer: Freezer?, _ request: SnapshotRequest, _ ledger: RunLedger, obstacle: String?) throws(BlockError) {
+    ///   - details: what the obligation says besides who freezes.
+    init(
+        freezer: Freezer?, _ request: SnapshotRequest, _ ledger: RunLedger, obstacle: String?,
+        details: [String: String] = [:]
+    ) throws(BlockError) {
+        self.details = details
         self.freezer = freezer
         self.obstacle = freezer == nil ? "no guest agent is known" : obstacle
         self.request = request
@@ -41,7 +47,7 @@ struct SnapshotMoment {
             outcome.time = Date().timeIntervalSince1970
             return outcome
         }
-        let obligation = try ledger.intend("guest.freeze", freezer.details)
+        let obligation = try ledger.intend("guest.freeze", details.merging(freezer.details) { $1 })
         Step.reached("guest.freeze-intended")
         var started: FreezeGuard?
         let held: FreezeGuard

@@ -63,7 +63,7 @@ final class LibvirtImages: SnapshotSession {
         ]
     }
 
-    func check() throws(BlockError) {
+    func check(isLast: Bool) throws(BlockError) {
         for image in images {
             let now = try Self.modified(image.path)
             if now.tv_sec != image.modified.tv_sec || now.tv_nsec != image.modified.tv_nsec {
@@ -71,7 +71,7 @@ final class LibvirtImages: SnapshotSession {
             }
         }
         let isDue = asked.withLock { last in
-            guard monotonicSeconds() - last > 2 else { return false }
+            guard isLast || monotonicSeconds() - last > 2 else { return false }
             last = monotonicSeconds()
             return true
         }

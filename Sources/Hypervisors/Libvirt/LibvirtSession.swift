@@ -37,11 +37,11 @@ final class LibvirtSession: SnapshotSession {
         self.reserve = reserve
     }
 
-    func check() throws(BlockError) {
+    func check(isLast: Bool) throws(BlockError) {
         let doing = "keeping the snapshot of \(place.name)"
         if let watching { try checkSpace(in: watching, reserve: reserve, doing: doing) }
         let isDue = asked.withLock { last in
-            guard monotonicSeconds() - last > Self.askEverySeconds else { return false }
+            guard isLast || monotonicSeconds() - last > Self.askEverySeconds else { return false }
             last = monotonicSeconds()
             return true
         }
