@@ -36,6 +36,27 @@ enum OwnName {
     /// A checkpoint's name with the prefix.
     static func checkpoint(_ name: String) -> String { name.hasPrefix(prefix) ? name : prefix + name }
 
+    /// A checkpoint's name with the prefix, for one disk only: a hash of the disk stands before the last dash. Disks
+    /// may change places when a machine starts again, and one must not be taken for another by its bitmap's name.
+    /// Names that have the hash already stay as they are.
+    static func checkpoint(_ name: String, of disk: String) -> String {
+        let name = checkpoint(name)
+        let hash = hash(disk)
+        guard let dash = name.lastIndex(of: "-"), !name[..<dash].hasSuffix("-\(hash)") else { return name }
+        return "\(name[..<dash])-\(hash)\(name[dash...])"
+    }
+
+    /// 8 hexadecimal digits of a text: FNV-1a with 32 bits (draft-eastlake-fnv).
+    static func hash(_ text: String) -> String {
+        let value = text.utf8.reduce(0x811C_9DC5 as UInt32) { ($0 ^ UInt32($1)) &* 0x0100_0193 }
+        let digits = String(value, radix: 16)
+        return String(repeating: "0", count: 8 - digits.count) + digits
+    }
+
+    /// Names in one text of an obligation, and the text taken apart again.
+    static func joined(_ names: [String]) -> String { names.joined(separator: "\n") }
+    static func names(in text: String?) -> [String] { (text ?? "").split(separator: "\n").map(String.init) }
+
     /// Whether a bitmap or checkpoint was made by diskgate.
     static func isOwn(_ name: String) -> Bool { name.hasPrefix(prefix) }
 

@@ -52,6 +52,11 @@ struct MachineURI: Sendable {
         if let empty = parameters.first(where: { $0.value.isEmpty }) { throw bad("\(empty.key) is empty") }
     }
 
+    /// Refuses a path that means another file in another working directory: a crashed run is cleaned up from there.
+    func requireAbsolute(_ path: String, _ what: String) throws(BlockError) {
+        if !path.hasPrefix("/") { throw bad("\(what) \(path) is relative: give an absolute path") }
+    }
+
     /// An error about this URI.
     func bad(_ what: String) -> BlockError { BlockError(.invalid, "opening the machine \(text): \(what)") }
 

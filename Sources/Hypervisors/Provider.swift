@@ -113,8 +113,9 @@ public protocol SnapshotSession: AnyObject, Sendable {
     /// Looks whether the snapshot still holds, and whether there is scratch space enough. Called every second or so
     /// while the disks are read, and once after the last byte was read: only then what was read is known to be good.
     ///
+    /// - Parameter isLast: whether everything has been read: then nothing is left out because it was asked just before.
     /// - Throws: `BlockError` when the run has to end, for the guest's sake or because the disks cannot be trusted.
-    func check() throws(BlockError)
+    func check(isLast: Bool) throws(BlockError)
 
     /// Ends the snapshot and takes everything back that was made for it.
     ///

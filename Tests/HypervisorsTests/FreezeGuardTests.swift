@@ -108,6 +108,52 @@ struct FreezeGuardTests {
         }
     }
 
+    @Test func guestThatThawsByItselfWasNotFrozen() throws {
+        try with { agent, _ in
+            let held = try FreezeGuard(.agent(path: agent.socket), seconds: 20)
+            try held.freeze(seconds: 20)
+            let deadline = monotonicSeconds() + 10
+            #expect(try GuestAgent(agent.socket, deadline: deadline).thaw(deadline: deadline))
+            #expect(try held.thaw() == false)
+        }
+    }
+
+    @Test func freezingNothingIsNotFreezing() throws {
+        try with(["--count", "0"]) { agent, directory in
+            let held = try FreezeGuard(.agent(path: agent.socket), seconds: 20)
+            try requireError(.unsupported, "freezing no file system") { try held.freeze(seconds: 20) }
+            #expect(agent.states == ["frozen", "thawed"])
+            let alone = try FreezeGuard(.agent(path: directory.file("nobody.sock")), seconds: 20)
+            try requireError(.unsupported, "freezing without an agent") { try alone.freeze(seconds: 20) }
+        }
+    }
+
+    /// Passes the moment of a snapshot that makes nothing.
+    private func pass(_ agent: FakeAgent, _ ledger: RunLedger, _ quiescing: Quiescing) throws
+        -> SnapshotMoment.Outcome
+    {
+        var wanted = request(["vda"], checkpoint: "r-1")
+        wanted.quiescing = quiescing
+        let moment = try SnapshotMoment(freezer: .agent(path: agent.socket), wanted, ledger, obstacle: nil)
+        return try moment.pass {}
+    }
+
+    @Test func guestIsThawedWhenTheGuardIsKilledBeforeItSaysThatItFroze() throws {
+        try with { agent, directory in
+            let words = FreezeGuard.program.withLock { $0 }
+            FreezeGuard.program.withLock { $0 = ["env", "DISKGATE_STEP_KILL=guard.frozen"] + words }
+            let ledger = try RunLedger.begin(
+                stateDirectory: directory.file("state"), machine: "m", repository: nil)
+            let outcome = try pass(agent, ledger, .ifPossible)
+            #expect(outcome.consistency == .crashConsistent && outcome.warnings.count == 1)
+            #expect(agent.states == ["frozen", "thawed"])
+            #expect(ledger.obligations.isEmpty)
+            #expect(throws: BlockError.self) { try pass(agent, ledger, .required) }
+            #expect(agent.states == ["frozen", "thawed", "frozen", "thawed"])
+            #expect(ledger.obligations.isEmpty)
+        }
+    }
+
     @Test(.enabled(if: QEMUProcess.isAvailable)) func obligationOfAFrozenGuestThaws() throws {
         try withQEMU { process in
             let agent = try FakeAgent(process.directory)

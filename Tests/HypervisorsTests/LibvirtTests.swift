@@ -94,7 +94,7 @@ struct LibvirtTests {
             let full = try provider.begin(domain.wanted("r-1"), ledger: ledger)
             try domain.io("write -q -P 0x22 1M 1M")
             try copyWhole(full.disks[0], to: copy)
-            try full.check()
+            try full.check(isLast: true)
             try full.finish(adopting: true)
             try ledger.end()
             try requireEqual(copy, truth, "the full copy")
@@ -139,7 +139,7 @@ struct LibvirtTests {
         #expect(session.consistency == .offline && session.disks[0].downgrade == nil)
         #expect(session.disks[0].checkpoint == "diskgate-r-4")
         #expect(try copyChanges(session.disks[0], onto: copy) == 65536)
-        try session.check()
+        try session.check(isLast: true)
         try session.finish(adopting: true)
         let truth = domain.directory.file("truth.raw")
         _ = try Tool.output("qemu-img", ["convert", "-f", "qcow2", "-O", "raw", domain.image, truth])
@@ -173,7 +173,7 @@ struct LibvirtTests {
             #expect(session.disks[0].changedContext == nil)
             // Somebody else's backup is not ended.
             #expect(throws: BlockError.self) { try provider.begin(domain.wanted("r-9"), ledger: try domain.ledger()) }
-            try session.check()
+            try session.check(isLast: true)
             try session.finish(adopting: true)
             #expect(try domain.checkpoints() == ["theirs", "diskgate-r-1"])
             // A bitmap that was removed behind libvirt's back.

@@ -63,7 +63,7 @@ struct QEMUReleaseTests {
             var session: (any SnapshotSession)? = try provider.begin(
                 request(["vda"], since: "r-1", checkpoint: "r-2"), ledger: try #require(ledger))
             process.kill()
-            #expect(throws: BlockError.self) { try session?.check() }
+            #expect(throws: BlockError.self) { try session?.check(isLast: true) }
             // The bitmap may be in the image: that cannot be known before QEMU runs again.
             #expect(throws: BlockError.self) { try session?.finish(adopting: false) }
             #expect(ledger?.obligations.map(\.kind) == ["qemu.checkpoint"])
@@ -76,6 +76,73 @@ struct QEMUReleaseTests {
             #expect(next.disks[0].changedContext == nil && next.disks[0].downgrade != nil)
             try next.finish(adopting: true)
             #expect(try process.bitmaps("vda") == ["diskgate-r-3"])
+        }
+    }
+
+    @Test func missingSocketIsNoProofThatQEMUIsGone() throws {
+        try withQEMU { process in
+            let provider = try Hypervisors.open(process.uri)
+            _ = try provider.begin(request(["vda"], checkpoint: "r-1"), ledger: begin(process))
+            let aside = process.directory.file("aside.sock")
+            try require(rename(process.monitor, aside) == 0, "moving the monitor's socket")
+            let obligations = try RunLedger.list(stateDirectory: process.directory.file("state")).flatMap(\.obligations)
+            for obligation in obligations {
+                #expect(throws: BlockError.self) { try provider.settle(obligation, adopted: false) }
+            }
+            try require(rename(aside, process.monitor) == 0, "moving the monitor's socket back")
+            // What QEMU still uses is not taken from under it.
+            for obligation in obligations where obligation.kind == "qemu.directory" {
+                try requireError(.denied, "removing a directory in use") {
+                    try provider.settle(obligation, adopted: false)
+                }
+            }
+            try settleAll(process)
+            #expect(try process.leftovers().isEmpty)
+            _ = try provider.begin(request(["vda"], checkpoint: "r-2"), ledger: begin(process))
+            try process.quit()
+            unlink(process.monitor)
+            // Now the process is gone: only what may be in the image has to wait.
+            for obligation in try RunLedger.list(stateDirectory: process.directory.file("state"))
+                .flatMap(\.obligations)
+            where obligation.kind != "qemu.checkpoint" {
+                try provider.settle(obligation, adopted: false)
+            }
+        }
+    }
+
+    @Test func adoptedCheckpointLeavesLaterOnes() throws {
+        try withQEMU { process in
+            let provider = try Hypervisors.open(process.uri)
+            try provider.begin(request(["vda"], checkpoint: "r-1"), ledger: begin(process)).finish(adopting: true)
+            let ledger = try begin(process)
+            let session = try provider.begin(request(["vda"], since: "r-1", checkpoint: "r-2"), ledger: ledger)
+            let settled = ledger.obligations
+            try session.finish(adopting: true)
+            try provider.begin(request(["vda"], since: "r-2", checkpoint: "r-3"), ledger: begin(process))
+                .finish(adopting: false)
+            try process.own {
+                try $0.execute(
+                    "block-dirty-bitmap-add",
+                    ["node": "node-vda", "name": .text(OwnName.checkpoint("r-3", of: "vda"))])
+            }
+            for obligation in settled.reversed() where obligation.kind == "qemu.checkpoint" {
+                try provider.settle(obligation, adopted: true)
+            }
+            #expect(try process.bitmaps("vda") == ["diskgate-r-2", "diskgate-r-3"])
+        }
+    }
+
+    @Test func bitmapOfAnotherDiskIsNotTaken() throws {
+        try withQEMU([("vda", "qcow2"), ("vdb", "qcow2")]) { process in
+            let provider = try Hypervisors.open(process.uri)
+            let first = try provider.begin(request(["vda", "vdb"], checkpoint: "r-1"), ledger: begin(process))
+            let names = first.disks.map(\.checkpoint)
+            #expect(names[0] != names[1])
+            try first.finish(adopting: true)
+            let session = try provider.begin(
+                request(["vdb"], since: names[0], checkpoint: "r-2"), ledger: begin(process))
+            #expect(session.disks[0].changedContext == nil && session.disks[0].downgrade != nil)
+            try session.finish(adopting: true)
         }
     }
 
@@ -152,9 +219,9 @@ struct QEMUReleaseTests {
                 wanted.scratchDirectory = small.path
                 wanted.scratchReserve = 256 << 10
                 let session = try provider.begin(wanted, ledger: begin(process))
-                try session.check()
+                try session.check(isLast: true)
                 for block in 0..<13 { try process.io("vda", "write -q -P 0x33 \(block * 512)k 64k") }
-                try requireError(.noSpace, "checking the scratch space") { try session.check() }
+                try requireError(.noSpace, "checking the scratch space") { try session.check(isLast: true) }
                 try session.finish(adopting: false)
                 try process.io("vda", "write -q -P 0x44 0 8M")
                 #expect(try namesInDirectory(small.path).isEmpty)

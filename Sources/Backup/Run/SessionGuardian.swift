@@ -26,7 +26,7 @@ final class SessionGuardian: Sendable {
             var next = monotonicSeconds()
             while !state.withLock({ $0.isStopped }) {
                 if monotonicSeconds() >= next {
-                    do throws(BlockError) { try session.check() } catch {
+                    do throws(BlockError) { try session.check(isLast: false) } catch {
                         state.withLock { $0.failure = error }
                         cancellation.cancel()
                         break
@@ -51,7 +51,7 @@ final class SessionGuardian: Sendable {
     func verdict() throws(BlockError) {
         stop()
         if let failure { throw failure }
-        try session.check()
+        try session.check(isLast: true)
     }
 
     /// Why work was cancelled, if it was for the session's sake.

@@ -7,7 +7,8 @@ import LinuxIO
 /// A freeze that ends, whatever happens to this process. The guard is diskgate itself, started again.
 ///
 /// Over the socket between them, this process says `freeze` and then `thaw`; the guard answers with `frozen`, `thawed`,
-/// `late` (it has thawed by itself, since the time was over) or `error REASON`.
+/// `late` (it has thawed by itself, since the time was over, or the guest has), `unsupported REASON` (nothing was frozen)
+/// or `error REASON`.
 final class FreezeGuard {
     private let socket: Descriptor
     let process: pid_t
@@ -43,10 +44,12 @@ final class FreezeGuard {
 
     /// Freezes.
     ///
-    /// - Throws: `BlockError` when that fails; what was frozen by then is thawed again.
+    /// - Throws: `.unsupported` when nothing was frozen; another `BlockError` when that is not certain.
     func freeze(seconds: Double) throws(BlockError) {
         let answer = try ask("freeze", seconds: seconds + Self.thawSeconds + 5)
-        if answer != "frozen" { throw BlockError(.inputOutput, "freezing the guest's file systems: \(answer)") }
+        if answer == "frozen" { return }
+        let isUntouched = answer.hasPrefix("unsupported ")
+        throw BlockError(isUntouched ? .unsupported : .inputOutput, "freezing the guest's file systems: \(answer)")
     }
 
     /// Thaws.
@@ -58,7 +61,7 @@ final class FreezeGuard {
         if answer == "thawed" { return true }
         if answer == "late" { return false }
         // The guard itself was killed: then it is up to us.
-        try freezer.thawSurely(seconds: Self.thawSeconds)
+        _ = try freezer.thawSurely(seconds: Self.thawSeconds)
         return false
     }
 
@@ -99,18 +102,23 @@ public enum FreezeGuardProcess {
         let deadline = monotonicSeconds() + Double(seconds)
         do throws(BlockError) { try freezer.freeze(deadline: deadline) } catch {
             // The agent may be about to freeze, though it has not said so.
-            let isThawed = error.kind == .unsupported || (try? freezer.thawSurely(seconds: 60)) != nil
+            if error.kind == .unsupported {
+                say("unsupported \(error.message)")
+                return 0
+            }
+            let isThawed = (try? freezer.thawSurely(seconds: 60)) != nil
             say("error \(error.message)\(isThawed ? "" : "; and thawing failed, too")")
             return isThawed ? 0 : 1
         }
         Step.reached("guard.frozen")
         say("frozen")
         let word = line(from: STDIN_FILENO, &received, deadline: deadline)
-        do throws(BlockError) { try freezer.thawSurely(seconds: 60) } catch {
+        let wasFrozen: Bool
+        do throws(BlockError) { wasFrozen = try freezer.thawSurely(seconds: 60) } catch {
             say("error \(error.message)")
             return 1
         }
-        say(word == "thaw" ? "thawed" : "late")
+        say(word == "thaw" && wasFrozen ? "thawed" : "late")
         return 0
     }
 

@@ -10,27 +10,52 @@ enum Freezer: Sendable, Equatable {
     case libvirt(uri: String, domain: String)
 
     /// Freezes.
+    ///
+    /// - Throws: `.unsupported` when nothing was frozen, nor will be; another `BlockError` when that is not certain.
     func freeze(deadline: Double) throws(BlockError) {
+        let count: Int64?
         switch self {
-        case .agent(let path): _ = try GuestAgent(path, deadline: deadline).freeze(deadline: deadline)
+        case .agent(let path):
+            let agent: GuestAgent
+            do throws(BlockError) { agent = try GuestAgent(path, deadline: deadline) } catch {
+                // It was not asked to freeze yet.
+                throw BlockError(.unsupported, error.message)
+            }
+            count = try agent.freeze(deadline: deadline)
         case .libvirt(let uri, let domain):
-            _ = try Virsh(uri: uri).run(["domfsfreeze", domain], seconds: deadline - monotonicSeconds())
+            let seconds = deadline - monotonicSeconds()
+            count = Self.count(try Virsh(uri: uri).run(["domfsfreeze", domain], seconds: seconds, isQuiet: false))
+        }
+        if count == 0 {
+            // Some agents take themselves for frozen now.
+            _ = try thaw(deadline: deadline)
+            throw BlockError(.unsupported, "the guest agent has found no file system to freeze")
         }
     }
 
     /// Thaws. What is not frozen may be thawed, too.
-    func thaw(deadline: Double) throws(BlockError) {
+    ///
+    /// - Returns: whether there were frozen file systems until now.
+    func thaw(deadline: Double) throws(BlockError) -> Bool {
         switch self {
-        case .agent(let path): try GuestAgent(path, deadline: deadline).thaw(deadline: deadline)
+        case .agent(let path): return try GuestAgent(path, deadline: deadline).thaw(deadline: deadline)
         case .libvirt(let uri, let domain):
-            _ = try Virsh(uri: uri).run(["domfsthaw", domain], seconds: deadline - monotonicSeconds())
+            let seconds = deadline - monotonicSeconds()
+            let said = try Virsh(uri: uri).run(["domfsthaw", domain], seconds: seconds, isQuiet: false)
+            return Self.count(said) != 0
         }
+    }
+
+    /// The number in virsh's "Froze 2 filesystem(s)"; nil where it has said something else.
+    private static func count(_ said: String) -> Int64? {
+        said.split { $0.isWhitespace }.lazy.compactMap { Int64($0) }.first
     }
 
     /// Thaws, and tries again until it works.
     ///
+    /// - Returns: whether there were frozen file systems until now.
     /// - Throws: the last try's error, after some time.
-    func thawSurely(seconds: Double) throws(BlockError) {
+    func thawSurely(seconds: Double) throws(BlockError) -> Bool {
         let deadline = monotonicSeconds() + seconds
         while true {
             let limit = min(monotonicSeconds() + 10, deadline)

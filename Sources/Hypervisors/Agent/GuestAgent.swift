@@ -51,13 +51,16 @@ final class GuestAgent {
     }
 
     /// Thaws all file systems, and makes sure of it.
-    func thaw(deadline: Double) throws(BlockError) {
+    ///
+    /// - Returns: whether there were frozen ones until now.
+    func thaw(deadline: Double) throws(BlockError) -> Bool {
         // The agent does one thing after the other: a freeze that was asked for before is over by now.
-        if try execute("guest-fsfreeze-status", deadline: deadline).string == "thawed" { return }
-        _ = try execute("guest-fsfreeze-thaw", deadline: deadline)
+        if try execute("guest-fsfreeze-status", deadline: deadline).string == "thawed" { return false }
+        let count = try execute("guest-fsfreeze-thaw", deadline: deadline).whole
         let status = try execute("guest-fsfreeze-status", deadline: deadline).string
         if status != "thawed" {
             throw BlockError(.inputOutput, "thawing by the guest agent at \(path): it says \(status ?? "nothing")")
         }
+        return count != 0
     }
 }

@@ -18,11 +18,17 @@ struct SnapshotMoment {
     private let obstacle: String?
     private let request: SnapshotRequest
     private let ledger: RunLedger
+    private let details: [String: String]
 
     /// - Parameters:
     ///   - freezer: who freezes; nil where nobody can.
     ///   - obstacle: why freezing cannot be tried; nil when it can.
-    init(freezer: Freezer?, _ request: SnapshotRequest, _ ledger: RunLedger, obstacle: String?) throws(BlockError) {
+    ///   - details: what the obligation says besides who freezes.
+    init(
+        freezer: Freezer?, _ request: SnapshotRequest, _ ledger: RunLedger, obstacle: String?,
+        details: [String: String] = [:]
+    ) throws(BlockError) {
+        self.details = details
         self.freezer = freezer
         self.obstacle = freezer == nil ? "no guest agent is known" : obstacle
         self.request = request
@@ -41,14 +47,17 @@ struct SnapshotMoment {
             outcome.time = Date().timeIntervalSince1970
             return outcome
         }
-        let obligation = try ledger.intend("guest.freeze", freezer.details)
+        let obligation = try ledger.intend("guest.freeze", details.merging(freezer.details) { $1 })
         Step.reached("guest.freeze-intended")
+        var started: FreezeGuard?
         let held: FreezeGuard
         do throws(BlockError) {
             held = try FreezeGuard(freezer, seconds: request.freezeSecondsMax)
+            started = held
             try held.freeze(seconds: Double(request.freezeSecondsMax))
         } catch {
-            // The guard has thawed what it froze, or was never there.
+            // A guard that was killed, or has given up, may leave a frozen guest: then the obligation stays.
+            if started != nil && error.kind != .unsupported { try thaw(freezer, after: error) }
             try ledger.settle(obligation)
             if request.quiescing == .required { throw error }
             outcome.warnings.append(Self.notFrozen(error.message))
@@ -69,11 +78,22 @@ struct SnapshotMoment {
         if wasFrozen {
             outcome.consistency = .quiesced
         } else {
-            let problem = "the file systems were thawed before the snapshot was made: it took too long"
+            let problem =
+                "the file systems were thawed before the snapshot was made: it took too long, or the guest did it"
             if request.quiescing == .required { throw BlockError(.inputOutput, problem) }
             outcome.warnings.append(Self.notFrozen(problem))
         }
         return outcome
+    }
+
+    /// Makes sure that nothing is frozen after freezing has failed.
+    private func thaw(_ freezer: Freezer, after failure: BlockError) throws(BlockError) {
+        do throws(BlockError) { _ = try freezer.thawSurely(seconds: 60) } catch {
+            throw BlockError(
+                error.kind,
+                "thawing the guest's file systems, after this: \(failure.message): \(error.message); they may still be "
+                    + "frozen: thaw them in the guest, then run diskgate doctor --fix")
+        }
     }
 
     private static func notFrozen(_ reason: String) -> String { "not quiesced, only as after a power cut: \(reason)" }

@@ -38,7 +38,12 @@ final class LibvirtImages: SnapshotSession {
             let known = try source.open().info.dirtyBitmaps
             var offered = SnapshotDisk(id: disk.target, size: disk.size, source: source)
             if let since = wanted.since.map(OwnName.checkpoint) {
-                if OwnName.isOwn(since), known.contains(since) {
+                if try Self.hasBacking(disk.path) {
+                    // After an external snapshot, changes of before it are in the bitmaps of the images below.
+                    offered.downgrade =
+                        "\(disk.target) is read whole: its image has a backing file, so the bitmap \(since) may not "
+                        + "tell all changes while the machine is off"
+                } else if OwnName.isOwn(since), known.contains(since) {
                     offered.changedContext = "qemu:dirty-bitmap:\(since)"
                     offered.checkpoint = since
                 } else {
@@ -58,7 +63,7 @@ final class LibvirtImages: SnapshotSession {
         ]
     }
 
-    func check() throws(BlockError) {
+    func check(isLast: Bool) throws(BlockError) {
         for image in images {
             let now = try Self.modified(image.path)
             if now.tv_sec != image.modified.tv_sec || now.tv_nsec != image.modified.tv_nsec {
@@ -66,7 +71,7 @@ final class LibvirtImages: SnapshotSession {
             }
         }
         let isDue = asked.withLock { last in
-            guard monotonicSeconds() - last > 2 else { return false }
+            guard isLast || monotonicSeconds() - last > 2 else { return false }
             last = monotonicSeconds()
             return true
         }
@@ -85,6 +90,16 @@ final class LibvirtImages: SnapshotSession {
             .inputOutput,
             "reading the powered-off machine \(place.name): \(what) meanwhile: what was read is of no point in time; "
                 + "run the backup again")
+    }
+
+    /// Whether a qcow2 image has a backing file: its header says where that one's name stands (docs/interop/qcow2).
+    private static func hasBacking(_ path: String) throws(BlockError) -> Bool {
+        let file = try Descriptor.open(path, O_RDONLY)
+        var bytes = [UInt8](repeating: 0, count: 16)
+        if pread(file.number, &bytes, bytes.count, 0) != bytes.count {
+            throw BlockError(.inputOutput, "reading the header of \(path): it is too short, or cannot be read")
+        }
+        return bytes[..<4] == [0x51, 0x46, 0x49, 0xFB] && bytes[8...].contains { $0 != 0 }
     }
 
     private static func modified(_ path: String) throws(BlockError) -> timespec {

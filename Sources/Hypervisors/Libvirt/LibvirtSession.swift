@@ -37,11 +37,11 @@ final class LibvirtSession: SnapshotSession {
         self.reserve = reserve
     }
 
-    func check() throws(BlockError) {
+    func check(isLast: Bool) throws(BlockError) {
         let doing = "keeping the snapshot of \(place.name)"
         if let watching { try checkSpace(in: watching, reserve: reserve, doing: doing) }
         let isDue = asked.withLock { last in
-            guard monotonicSeconds() - last > Self.askEverySeconds else { return false }
+            guard isLast || monotonicSeconds() - last > Self.askEverySeconds else { return false }
             last = monotonicSeconds()
             return true
         }
@@ -78,7 +78,8 @@ struct LibvirtRelease {
             guard let freezer = Freezer(details) else { break }
             // A guest that runs no more is not frozen.
             guard try !isGone(), try LibvirtDomain(place).isRunning else { return }
-            return try freezer.thawSurely(seconds: 60)
+            _ = try freezer.thawSurely(seconds: 60)
+            return
         case ("libvirt.backup", let server?): return try endBackup(server)
         case ("libvirt.checkpoint", let checkpoint?):
             if try isGone() { return }

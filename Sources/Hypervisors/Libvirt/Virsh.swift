@@ -13,9 +13,10 @@ struct Virsh: Sendable {
     /// Runs a command that must succeed.
     ///
     /// - Returns: its standard output.
+    /// - Parameter isQuiet: whether to leave out what is for people only.
     /// - Throws: `BlockError` with what virsh has said.
-    func run(_ words: [String], seconds: Double = commandSeconds) throws(BlockError) -> String {
-        let result = try attempt(words, seconds: seconds)
+    func run(_ words: [String], seconds: Double = commandSeconds, isQuiet: Bool = true) throws(BlockError) -> String {
+        let result = try attempt(words, seconds: seconds, isQuiet: isQuiet)
         guard result.status == 0 else {
             throw BlockError(
                 Self.kind(of: result.errors),
@@ -34,11 +35,11 @@ struct Virsh: Sendable {
     /// Runs a command that may fail.
     ///
     /// - Throws: `BlockError` when virsh cannot be started or does not end.
-    func attempt(_ words: [String], seconds: Double = commandSeconds) throws(BlockError) -> (
+    func attempt(_ words: [String], seconds: Double = commandSeconds, isQuiet: Bool = true) throws(BlockError) -> (
         status: Int32, output: String, errors: String
     ) {
         // Messages are looked at, so they have to be in English.
-        let call = ["env", "LC_ALL=C", "virsh", "-q", "-c", uri] + words
+        let call = ["env", "LC_ALL=C", "virsh"] + (isQuiet ? ["-q"] : []) + ["-c", uri] + words
         let result = try ChildProgram.run(call, seconds: seconds)
         if result.status == 127 {
             throw BlockError(.notFound, "starting virsh: it is not installed (Debian package libvirt-clients)")

@@ -39,6 +39,8 @@ struct QEMUPlace: Sendable {
         scratch = uri.parameter("scratch")
         credentials = uri.parameter("tls-creds")
         certificates = uri.parameter("tls-certificates")
+        if let agent { try uri.requireAbsolute(agent, "agent") }
+        if let scratch { try uri.requireAbsolute(scratch, "scratch") }
         if uri.scheme == "qmp+unix" {
             try uri.allow(["agent", "scratch"])
             var path = uri.body
@@ -46,6 +48,7 @@ struct QEMUPlace: Sendable {
             guard (1...107).contains(path.utf8.count) else {
                 throw uri.bad("give the path of the monitor's Unix socket, of at most 107 bytes")
             }
+            try uri.requireAbsolute(path, "the monitor's path")
             monitor = .unix(path: path)
             serving = .local
             return
@@ -83,10 +86,12 @@ struct QEMUPlace: Sendable {
         }
     }
 
-    /// Whether it is certain that no QEMU runs there: its Unix socket is not there, or nobody listens on it.
-    var isGone: Bool {
+    /// Whether it is certain that the QEMU of an obligation runs no more: nobody listens on its socket, and its
+    /// process is gone. A socket's file that is missing says nothing by itself: anybody may have removed it.
+    func isGone(_ process: QEMUIdentity?) -> Bool {
         guard case .unix(let path) = monitor else { return false }
-        return access(path, F_OK) < 0 && errno == ENOENT || isAbandonedSocket(path)
+        if isAbandonedSocket(path) { return process?.lives != true }
+        return access(path, F_OK) < 0 && errno == ENOENT && process?.lives == false
     }
 
     /// The export of a disk, as a source.

@@ -9,6 +9,8 @@ import Transports
 final class QEMURelease {
     private let place: QEMUPlace
     private var monitor: QMPClient?
+    /// The QEMU of the obligation that is given back; nil where it does not say.
+    private var identity: QEMUIdentity?
     /// Seconds that QEMU has to end a job or an export.
     private static let endSeconds = 60.0
 
@@ -27,7 +29,7 @@ final class QEMURelease {
             monitor = new
             return new
         } catch {
-            if place.isGone { return nil }
+            if place.isGone(identity) { return nil }
             throw error
         }
     }
@@ -38,26 +40,49 @@ final class QEMURelease {
         monitor = nil
     }
 
+    /// Gives back all that a run has made, the last first, and strikes it out.
+    ///
+    /// - Throws: the first error; what could not be given back stays in the ledger, and the directories that it needs.
+    func settleAll(_ obligations: [Obligation], of ledger: RunLedger, adopted: Bool) throws(BlockError) {
+        var failure: BlockError?
+        var needsDirectory = false
+        for obligation in obligations.reversed() where !(needsDirectory && obligation.kind == "qemu.directory") {
+            do throws(BlockError) {
+                try settle(obligation, adopted: adopted)
+                try ledger.settle(obligation)
+            } catch {
+                failure = failure ?? error
+                if obligation.kind != "qemu.checkpoint" { needsDirectory = true }
+            }
+        }
+        if let failure { throw failure }
+    }
+
     /// Gives back what one obligation stands for.
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {
         let details = obligation.details
+        identity = QEMUIdentity(details)
         switch obligation.kind {
         case "guest.freeze":
             guard let freezer = Freezer(details) else { throw unreadable(obligation) }
             // A guest that runs no more is not frozen.
-            if try connected() != nil { try freezer.thawSurely(seconds: 60) }
+            if try connected() != nil { _ = try freezer.thawSurely(seconds: 60) }
         case "qemu.job":
             guard let job = details["job"] else { throw unreadable(obligation) }
             if let monitor = try connected() { try end(job: job, wasRunning: details["running"] == "true", monitor) }
         case "qemu.checkpoint": try settleCheckpoint(obligation, adopted: adopted)
         case "qemu.server":
             guard let run = details["run"] else { throw unreadable(obligation) }
-            if let monitor = try connected() { try stopServer(run: run, socket: details["socket"], monitor) }
+            if let monitor = try connected() {
+                try stopServer(
+                    run: run, socket: details["socket"], wasStarted: details["started"] == "true", monitor)
+            }
         case "qemu.node":
             guard let node = details["node"] else { throw unreadable(obligation) }
             if let monitor = try connected() { try remove(node: node, monitor) }
         case "qemu.directory":
-            guard let path = details["path"] else { throw unreadable(obligation) }
+            guard let path = details["path"], let run = details["run"] else { throw unreadable(obligation) }
+            if let monitor = try connected() { try requireUnused(path, run: run, monitor) }
             try removeScratchDirectory(path)
         default:
             throw BlockError(.unsupported, "giving back \(obligation.kind): a QEMU has no such thing")
@@ -107,14 +132,30 @@ final class QEMURelease {
         }
     }
 
-    /// Stops the NBD server if it is ours: if it listens at our socket, or has our exports.
-    private func stopServer(run: String, socket: String?, _ monitor: QMPClient) throws(BlockError) {
+    /// Refuses to remove a directory whose files QEMU still uses.
+    private func requireUnused(_ path: String, run: String, _ monitor: QMPClient) throws(BlockError) {
+        let jobs = try monitor.execute("query-jobs").elements.compactMap { $0["id"]?.string }
+        let exports = try monitor.execute("query-block-exports").elements.compactMap { $0["id"]?.string }
+        let nodes = try monitor.execute("query-named-block-nodes", ["flat": true]).elements
+            .compactMap { $0["node-name"]?.string }
+        let socket = "\(path)/nbd.sock"
+        var user = (jobs + exports + nodes).first { $0.hasPrefix("dg-\(run)-") }
+        if access(socket, F_OK) == 0 && !isAbandonedSocket(socket) { user = user ?? "its NBD server" }
+        if let user {
+            throw BlockError(
+                .denied, "removing the directory \(path): QEMU still uses it (\(user)): that has to be given back first")
+        }
+    }
+
+    /// Stops the NBD server if it is ours: if it listens at our socket, or has our exports; or if it was started, its
+    /// socket's file has been removed by somebody, and nobody has exports.
+    private func stopServer(run: String, socket: String?, wasStarted: Bool, _ monitor: QMPClient) throws(BlockError) {
         let exports = try monitor.execute("query-block-exports").elements.compactMap { $0["id"]?.string }
         let ours = exports.filter { $0.hasPrefix("dg-\(run)-") }
         for export in ours { try end(export: export, monitor) }
         let listens =
             if let socket {
-                access(socket, F_OK) == 0 && !isAbandonedSocket(socket)
+                access(socket, F_OK) == 0 ? !isAbandonedSocket(socket) : wasStarted
             } else if case .network(let host, let port) = place.serving {
                 (try? connect(to: .tcp(host: host, port: port), deadline: monotonicSeconds() + 5)) != nil
             } else {
@@ -145,6 +186,7 @@ final class QEMURelease {
         guard let disk = details["disk"], let node = details["node"], let new = details["checkpoint"] else {
             throw unreadable(obligation)
         }
+        let replaced = OwnName.names(in: details["replaces"])
         guard let monitor = try connected() else {
             // Bitmaps that are nowhere but in QEMU's memory went with it.
             if details["persistent"] != "true" { return }
@@ -156,11 +198,8 @@ final class QEMURelease {
         }
         for (node, bitmaps) in try places(of: new, disk: disk, node: node, monitor) {
             for bitmap in bitmaps {
-                let goes =
-                    adopted
-                    ? OwnName.replaces(new, bitmap.name) || bitmap.name == details["before"] && bitmap.name != new
-                    : bitmap.name == new
-                // `before` is what the user's repository says, and may name anything.
+                // Those that were there when it was made, and no later ones.
+                let goes = adopted ? replaced.contains(bitmap.name) && bitmap.name != new : bitmap.name == new
                 guard goes, OwnName.isOwn(bitmap.name) else { continue }
                 try monitor.removeBitmap(bitmap.name, of: node)
             }

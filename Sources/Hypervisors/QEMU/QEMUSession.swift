@@ -39,7 +39,7 @@ final class QEMUSession: SnapshotSession {
         self.reserve = reserve
     }
 
-    func check() throws(BlockError) {
+    func check(isLast: Bool) throws(BlockError) {
         let doing = "keeping the snapshot of \(place.name)"
         if let watching { try checkSpace(in: watching, reserve: reserve, doing: doing) }
         let known = try monitor.execute("query-jobs").elements
@@ -64,14 +64,9 @@ final class QEMUSession: SnapshotSession {
         let release = QEMURelease(place, monitor)
         // First of all nobody may read any more: what is read from now on is of no point in time.
         release.endExports(jobs)
-        var failure: BlockError?
-        for obligation in obligations.reversed() {
-            do throws(BlockError) {
-                try release.settle(obligation, adopted: adopting)
-                try ledger.settle(obligation)
-            } catch { failure = failure ?? error }
+        defer { release.close() }
+        do throws(BlockError) { try release.settleAll(obligations, of: ledger, adopted: adopting) } catch {
+            throw error.during("ending the snapshot of \(place.name)")
         }
-        release.close()
-        if let failure { throw failure.during("ending the snapshot of \(place.name)") }
     }
 }

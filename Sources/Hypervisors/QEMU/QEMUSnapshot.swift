@@ -23,6 +23,8 @@ final class QEMUSnapshot {
         let scratchPath: String
         /// The checkpoint that was asked for, usable or not.
         let wanted: String?
+        /// The checkpoint to be made.
+        let checkpoint: String
     }
 
     /// The bitmap of the scratch node that has what changed.
@@ -33,18 +35,18 @@ final class QEMUSnapshot {
     let place: QEMUPlace
     let request: SnapshotRequest
     let ledger: RunLedger
-    let checkpoint: String
     let short: String
     private(set) var made: [Obligation] = []
     private var warnings: [String] = []
     private var directory = ""
     private var socket: String?
+    /// The process that runs the machine, which each obligation names.
+    private var identity: QEMUIdentity?
 
     init(_ place: QEMUPlace, _ request: SnapshotRequest, _ ledger: RunLedger) {
         self.place = place
         self.request = request
         self.ledger = ledger
-        checkpoint = OwnName.checkpoint(request.checkpoint)
         short = OwnName.short(ledger.run.id)
     }
 
@@ -53,25 +55,25 @@ final class QEMUSnapshot {
         let monitor = try place.connect()
         do throws(BlockError) { return try make(monitor) } catch {
             let release = QEMURelease(place, monitor)
-            for obligation in made.reversed() {
-                // What cannot be given back now stands in the ledger.
-                if (try? release.settle(obligation, adopted: false)) != nil { try? ledger.settle(obligation) }
-            }
+            // What cannot be given back now stands in the ledger.
+            try? release.settleAll(made, of: ledger, adopted: false)
             release.close()
             throw error.during("making a snapshot of \(place.name)")
         }
     }
 
     private func make(_ monitor: QMPClient) throws(BlockError) -> QEMUSession {
+        identity = QEMUIdentity(monitor)
         let status = try monitor.execute("query-status")["status"]?.string ?? ""
         let parts = try plan(monitor)
         try makeDirectory(monitor)
         for part in parts { try makeScratch(part, monitor) }
         try startServer(monitor)
-        let actions = try prepareActions(parts, monitor, isRunning: status == "running")
+        let actions = try prepareActions(parts, isRunning: status == "running")
         let moment = try SnapshotMoment(
             freezer: place.agent.map { .agent(path: $0) }, request, ledger,
-            obstacle: status == "running" ? nil : "the machine is not running, but \(status)")
+            obstacle: status == "running" ? nil : "the machine is not running, but \(status)",
+            details: identity?.details ?? [:])
         let outcome = try moment.pass { () throws(BlockError) in
             Step.reached("qemu.before-transaction")
             try monitor.execute("transaction", ["actions": .list(actions)], seconds: 15)
@@ -98,13 +100,13 @@ final class QEMUSnapshot {
             id: part.disk.id, size: part.disk.size, source: try place.source(part.disk.id, socket: socket))
         disk.changedContext = part.since.map { _ in "qemu:dirty-bitmap:\(Self.changedBitmap)" }
         disk.downgrade = part.downgrade
-        disk.checkpoint = checkpoint
+        disk.checkpoint = part.checkpoint
         return disk
     }
 
     /// Notes that something is about to be made.
     private func intend(_ kind: String, _ details: [String: String]) throws(BlockError) {
-        made.append(try ledger.intend(kind, details))
+        made.append(try ledger.intend(kind, details.merging(identity?.details ?? [:]) { $1 }))
     }
 
     /// Finds the disks, and what is known of their changes.
@@ -121,10 +123,11 @@ final class QEMUSnapshot {
             if let obstacle = disk.obstacle {
                 throw BlockError(.unsupported, "the disk \(disk.id) cannot be backed up: \(obstacle)")
             }
+            let checkpoint = OwnName.checkpoint(request.checkpoint, of: disk.id)
             if let old = disk.bitmaps.first(where: { $0.name == checkpoint }) {
                 throw BlockError(.invalid, "the disk \(disk.id) has a checkpoint \(old.name) already")
             }
-            let since = wanted.since.map(OwnName.checkpoint)
+            let since = wanted.since.map { OwnName.checkpoint($0, of: disk.id) }
             let problem = since.flatMap { disk.problem(since: $0) }
             if !disk.keepsBitmaps {
                 warnings.append(
@@ -139,7 +142,7 @@ final class QEMUSnapshot {
                 Part(
                     disk: disk, since: problem == nil ? since : nil,
                     downgrade: problem.map { "\(disk.id) is read whole: \($0)" }, name: "dg-\(short)-\(index)",
-                    scratchPath: path, wanted: since))
+                    scratchPath: path, wanted: since, checkpoint: checkpoint))
         }
         if parts.isEmpty { throw BlockError(.invalid, "no disk takes part") }
         return parts
@@ -161,7 +164,7 @@ final class QEMUSnapshot {
     }
 
     private func makePrivate(_ path: String, _ monitor: QMPClient) throws(BlockError) {
-        try intend("qemu.directory", ["path": path])
+        try intend("qemu.directory", ["path": path, "run": short])
         Step.reached("qemu.directory-intended")
         if mkdir(path, 0o700) < 0 { throw BlockError(errno: errno, "making the scratch directory \(path)") }
         if let peer = monitor.peer, peer.user != geteuid() {
@@ -220,32 +223,37 @@ final class QEMUSnapshot {
         Step.reached("qemu.server-intended")
         try monitor.execute("nbd-server-start", .object(arguments))
         Step.reached("qemu.server")
+        if let server = made.indices.last {
+            made[server].details["started"] = "true"
+            try ledger.learn(made[server], ["started": "true"])
+        }
     }
 
     /// What the transaction does, noted in the ledger.
-    private func prepareActions(_ parts: [Part], _ monitor: QMPClient, isRunning: Bool) throws(BlockError)
-        -> [JSONValue]
-    {
-        // Without it, older versions fail the guest's write when the scratch space is full: hence the reserve.
-        let canBreak = try monitor.hasArgument("on-cbw-error", of: "blockdev-backup")
-        var actions: [JSONValue] = []
+    private func prepareActions(_ parts: [Part], isRunning: Bool) throws(BlockError) -> [JSONValue] {
+        // All copying away comes first: it holds the guest's writes up, on all disks, until the transaction is done.
+        // A bitmap that was merged before would miss what the guest writes in between.
+        var (backups, merges, checkpoints): ([JSONValue], [JSONValue], [JSONValue]) = ([], [], [])
         for part in parts {
+            let replaced = part.disk.bitmaps.map(\.name).filter {
+                OwnName.replaces(part.checkpoint, $0) || $0 == part.wanted && OwnName.isOwn($0)
+            }
             try intend(
                 "qemu.checkpoint",
                 [
-                    "disk": part.disk.id, "node": part.disk.node, "checkpoint": checkpoint,
-                    "before": part.wanted ?? "", "persistent": "\(part.disk.keepsBitmaps)",
+                    "disk": part.disk.id, "node": part.disk.node, "checkpoint": part.checkpoint,
+                    "replaces": OwnName.joined(replaced), "persistent": "\(part.disk.keepsBitmaps)",
                 ])
             try intend("qemu.job", ["job": part.name, "running": "\(isRunning)"])
             if let since = part.since {
-                actions.append(
+                merges.append(
                     action(
                         "block-dirty-bitmap-add",
                         [
                             "node": .text(part.name), "name": .text(Self.changedBitmap),
                             "granularity": .integer(Self.granularity), "disabled": true,
                         ]))
-                actions.append(
+                merges.append(
                     action(
                         "block-dirty-bitmap-merge",
                         [
@@ -253,21 +261,23 @@ final class QEMUSnapshot {
                             "bitmaps": [["node": .text(part.disk.node), "name": .text(since)]],
                         ]))
             }
-            actions.append(
+            checkpoints.append(
                 action(
                     "block-dirty-bitmap-add",
                     [
-                        "node": .text(part.disk.node), "name": .text(checkpoint),
+                        "node": .text(part.disk.node), "name": .text(part.checkpoint),
                         "granularity": .integer(Self.granularity), "persistent": .bool(part.disk.keepsBitmaps),
                     ]))
-            var backup: [String: JSONValue] = [
+            // A block that cannot be copied away fails the guest's write (on-cbw-error=break-guest-write, the default):
+            // the reserve is there to end the run before that. With break-snapshot the write would be done, and what
+            // reads through the scratch node, over the live disk, would see new data without an error.
+            let backup: [String: JSONValue] = [
                 "job-id": .text(part.name), "device": .text(part.disk.node), "target": .text(part.name),
                 "sync": "none",
             ]
-            if canBreak { backup["on-cbw-error"] = "break-snapshot" }
-            actions.append(action("blockdev-backup", backup))
+            backups.append(action("blockdev-backup", backup))
         }
-        return actions
+        return backups + merges + checkpoints
     }
 
     private func action(_ type: String, _ data: [String: JSONValue]) -> JSONValue {

@@ -148,14 +148,4 @@ final class QMPClient: Sendable {
             return state.events
         }
     }
-
-    /// Whether a command has an argument, by QEMU's own description of its interface.
-    func hasArgument(_ argument: String, of command: String) throws(BlockError) -> Bool {
-        let types = try execute("query-qmp-schema").elements
-        func named(_ name: String?) -> JSONValue? {
-            name.flatMap { name in types.first { $0["name"]?.string == name } }
-        }
-        let members = named(named(command)?["arg-type"]?.string)?["members"]?.elements ?? []
-        return members.contains { $0["name"]?.string == argument }
-    }
 }

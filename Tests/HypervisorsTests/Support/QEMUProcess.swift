@@ -103,11 +103,12 @@ final class QEMUProcess {
         try require(answer.string == "", "qemu-io \(command): \(answer)")
     }
 
-    /// Names of the bitmaps on a disk.
+    /// Names of the bitmaps on a disk, without what tells that they are this disk's.
     func bitmaps(_ disk: String) throws -> [String] {
         let nodes = try own { try $0.execute("query-named-block-nodes", ["flat": true]) }.elements
         let node = nodes.first { $0["node-name"]?.string == "node-\(disk)" }
-        return node?["dirty-bitmaps"]?.elements.compactMap { $0["name"]?.string }.sorted() ?? []
+        let names = node?["dirty-bitmaps"]?.elements.compactMap { $0["name"]?.string } ?? []
+        return names.map { $0.replacing("-\(OwnName.hash(disk))-", with: "-") }.sorted()
     }
 
     /// What lies in its block layer besides the disks: jobs, exports, scratch nodes; and directories beside it.
