@@ -82,17 +82,25 @@ public struct ServeService {
 
     /// Serves until a signal, the last client or the command ends it.
     ///
-    /// - Returns: the exit status: 0, or the command's.
+    /// - Returns: the exit status: the command's, or 0; 1 instead of 0 when checkpoints could not be stored.
     /// - Throws: `BlockError` when it cannot listen or start.
     public func run() throws(BlockError) -> Int32 {
-        let inherited = ServiceManager.inheritedSockets()
         let event = stopEvent
         let exitsWithLast = request.exitsWithLast
         let server = try Server(directory: registry, limits: request.limits, tls: request.tls, log: request.log) {
             left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
-        defer { snapshots.closeAll(server) }
+        let status: Int32
+        do throws(BlockError) { status = try serve(server) } catch {
+            _ = snapshots.closeAll(server)
+            throw error
+        }
+        return snapshots.closeAll(server) || status != 0 ? status : 1
+    }
+
+    private func serve(_ server: Server) throws(BlockError) -> Int32 {
+        let inherited = ServiceManager.inheritedSockets()
         // With a socket from its parent (libnbd's "[ COMMAND ]" hands one over), standard input is no client. The one
         // client there has no socket that could be shut down: signals end the process as usual.
         if request.usesStandardIO && inherited.isEmpty {

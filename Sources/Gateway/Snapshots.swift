@@ -228,11 +228,16 @@ public final class Snapshots: Sendable {
     }
 
     /// Closes everything, when the server has stopped.
-    func closeAll(_ server: Server) {
+    ///
+    /// - Returns: whether all checkpoints could be stored; what could not is in the log.
+    func closeAll(_ server: Server) -> Bool {
+        var isStored = true
         for export in state.withLock({ $0.disks.keys.sorted() }) {
             do throws(BlockError) { try close(export, server) } catch {
                 log.error("closing the checkpoints of the export \"\(export)\": \(error.message)")
+                isStored = false
             }
         }
+        return isStored
     }
 }

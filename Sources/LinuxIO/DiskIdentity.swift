@@ -24,16 +24,14 @@ public struct DiskIdentity: Codable, Equatable, Sendable {
     /// Nodes: sectors that this machine has written to the whole disk and discarded, since it appeared.
     public var sectorsChanged: UInt64?
 
-    /// Looks at a file or a block node, which nobody in this process writes at this time, flushed before.
+    /// Looks at an open file or block node, which nobody in this process writes at this time, flushed before.
     ///
     /// Waits a little where the file was changed just now, so that every change that comes later has another time.
     ///
-    /// - Throws: `BlockError` when it cannot be opened, or is neither.
-    public init(of path: String) throws(BlockError) {
-        guard let real = realpath(path, nil) else { throw BlockError(errno: errno, "looking at \(path)") }
-        defer { free(real) }
-        self.path = String(cString: real)
-        let file = try Descriptor.open(self.path, O_RDONLY | O_NONBLOCK)
+    /// - Parameter path: its path without symbolic links.
+    /// - Throws: `BlockError` when it cannot be looked at, or is neither.
+    public init(of file: Descriptor, path: String) throws(BlockError) {
+        self.path = path
         var status = try file.status()
         boot = readText("/proc/sys/kernel/random/boot_id") ?? ""
         switch status.st_mode & S_IFMT {
@@ -59,6 +57,15 @@ public struct DiskIdentity: Codable, Equatable, Sendable {
             throw BlockError(
                 .unsupported, "\(path) is neither a file nor a block device: nothing tells its states apart")
         }
+    }
+
+    /// Whether a path leads to an open file or block node, and not to another that has taken its place.
+    public static func leads(_ path: String, to file: Descriptor) throws(BlockError) -> Bool {
+        let opened = try file.status()
+        var found = stat()
+        guard stat(path, &found) == 0, found.st_mode & S_IFMT == opened.st_mode & S_IFMT else { return false }
+        if opened.st_mode & S_IFMT == S_IFBLK { return found.st_rdev == opened.st_rdev }
+        return found.st_dev == opened.st_dev && found.st_ino == opened.st_ino
     }
 
     /// Timestamps advance in steps of some milliseconds: a change within the same step would not show.

@@ -97,7 +97,9 @@ public struct DiskSpecification: Sendable {
             ("offset", offset == 0 ? nil : String(offset)),
         ]
         let part = limits.compactMap { key, value in value.map { "\(key)=\($0)" } }.joined(separator: " ")
-        return try CheckpointedDisk(try open(), path: path, part: part, directory: directory, log: log)
+        // Before the disk: what the path leads to before and after is what was opened between.
+        let file = try Descriptor.open(path, O_RDONLY | O_NONBLOCK)
+        return try CheckpointedDisk(try open(), file: file, path: path, part: part, directory: directory, log: log)
     }
 
     private func openPartition(_ number: Int, of device: any BlockDevice) throws(BlockError) -> any BlockDevice {

@@ -160,6 +160,20 @@ func changedRanges(_ uri: String, since checkpoint: String) throws -> [String] {
         try bench.stop()
     }
 
+    @Test func `a server whose checkpoints cannot be stored at the end says so`() throws {
+        let folder = try Folder()
+        var bench = try SnapshotBench(folder)
+        try bench.snapshot("one")
+        try bench.write("write -P 1 5M 64k")
+        try run("cp", "-p", bench.image, bench.image + ".other")
+        try run("mv", bench.image + ".other", bench.image)
+        #expect(try bench.gateway.stop() == 1)
+        #expect(bench.gateway.log.contains("another file has taken its place"))
+        bench = try SnapshotBench(folder, image: bench.image)
+        #expect(try bench.snapshot("two").contains("everything counts as changed since one"))
+        try bench.stop()
+    }
+
     @Test func `a full scratch ends the snapshot, and the writer goes on`() throws {
         let folder = try Folder()
         let scratch = folder.file("scratch")

@@ -25,8 +25,9 @@ private struct Bench {
     func open(_ log: Locked<[String]> = Locked([])) throws -> CheckpointedDisk {
         var options = RawOptions()
         options.isWritable = true
+        let file = try Descriptor.open(path, O_RDONLY)
         return try CheckpointedDisk(
-            try RawFileDevice.open(path, options), path: path, part: "", directory: checkpoints
+            try RawFileDevice.open(path, options), file: file, path: path, part: "", directory: checkpoints
         ) { text in log.withLock { $0.append(text) } }
     }
 
@@ -275,6 +276,75 @@ private func chunks(_ snapshot: CheckpointSnapshot, since name: String) throws -
                 _ = try specification.openCheckpointed(in: bench.checkpoints) { _ in }
             }
             try disk.close()
+        }
+    }
+
+    @Test func `a disk that another file has replaced while it was served is not trusted`() throws {
+        try withTemporaryDirectory { directory in
+            let bench = try Bench(directory)
+            var disk: CheckpointedDisk? = try bench.open()
+            _ = try bench.snapshot(try #require(disk), "one")
+            try write(try #require(disk), chunk: 5)
+            _ = try directory.makeFile("other.raw", patternBytes(size, seed: 2))
+            try run("mv", directory.file("other.raw"), bench.path)
+            try requireError(.invalid, "closing") { try disk?.close() }
+            disk = nil
+            let log = Locked<[String]>([])
+            disk = try bench.open(log)
+            let two = try bench.snapshot(try #require(disk), "two")
+            #expect(two.increments.map { $0.allDirty != nil } == [true])
+            #expect(log.withLock { $0.count } == 1)
+            try disk?.close()
+        }
+    }
+
+    @Test(arguments: [["one"], ["one", "two"]])
+    func `a checkpoint that could not be dropped goes on recording`(names: [String]) throws {
+        try withTemporaryDirectory { directory in
+            let bench = try Bench(directory)
+            var disk: CheckpointedDisk? = try bench.open()
+            for (index, name) in names.enumerated() {
+                _ = try bench.snapshot(try #require(disk), name)
+                try write(try #require(disk), chunk: 10 + index)
+            }
+            // A directory in its place cannot be replaced by a file, whoever tries.
+            let chain = "\(bench.checkpoints)/\(try bench.folderName())/chain"
+            try run("mv", chain, directory.file("chain"))
+            try run("mkdir", "-p", "\(chain)/full")
+            #expect(throws: BlockError.self) { try disk?.drop(try #require(names.last)) }
+            try run("rm", "-r", chain)
+            try run("mv", directory.file("chain"), chain)
+            try write(try #require(disk), chunk: 20)
+            try disk?.close()
+            disk = nil
+            disk = try bench.open()
+            let last = try bench.snapshot(try #require(disk), "last")
+            #expect(last.increments.map(\.name) == names)
+            for (index, name) in names.enumerated() {
+                #expect(try chunks(last, since: name) == (index..<names.count).map { 10 + $0 } + [20])
+            }
+            try disk?.close()
+        }
+    }
+
+    @Test func `a file that cannot say that somebody records does not stay closed`() throws {
+        try withTemporaryDirectory { directory in
+            let bench = try Bench(directory)
+            var disk: CheckpointedDisk? = try bench.open()
+            _ = try bench.snapshot(try #require(disk), "one")
+            try disk?.close()
+            disk = nil
+            let log = Locked<[String]>([])
+            disk = try bench.open(log)
+            let file = "\(bench.checkpoints)/\(try bench.folderName())/one.cbt"
+            try run("mkdir", file + ".partial")
+            try write(try #require(disk), chunk: 5)
+            #expect(access(file, F_OK) < 0 && log.withLock { $0.count } == 1)
+            try run("rmdir", file + ".partial")
+            try write(try #require(disk), chunk: 300)
+            let two = try bench.snapshot(try #require(disk), "two")
+            #expect(try chunks(two, since: "one") == [5, 300])
+            try disk?.close()
         }
     }
 }

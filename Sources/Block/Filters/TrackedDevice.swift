@@ -71,8 +71,9 @@ public final class TrackedDevice: BlockDevice, @unchecked Sendable {
 
     /// Copies nothing more for a snapshot; it can be read no more.
     public func release(_ snapshot: SnapshotDevice) {
-        changes.withLock(alone: true) { snapshots.removeAll { $0 === snapshot } }
+        // First of all: once it has left the list, what its readers see below changes.
         _ = snapshot.end(BlockError(.shutdown, "reading \(snapshot.info.name): the snapshot was released"))
+        changes.withLock(alone: true) { snapshots.removeAll { $0 === snapshot } }
     }
 
     /// Changes who notes changes while there are none under way; the closure may look at what was noted before.
@@ -136,6 +137,12 @@ public final class TrackedDevice: BlockDevice, @unchecked Sendable {
     ) throws(BlockError) {
         guard range.count64 > Self.pieceSize, mustKeep(range) else {
             return try change(range) { () throws(BlockError) in try body(range, true) }
+        }
+        // All of it at once: each piece would wait for stable storage. The pieces note it again for the recorder of a
+        // snapshot that comes between them.
+        try changes.withLock(alone: false) { () throws(BlockError) in
+            try requireOpen()
+            recorder?.record(range)
         }
         var position = range.lowerBound
         while position < range.upperBound {

@@ -181,6 +181,12 @@ struct CheckpointChain {
         unlink(path(name))
     }
 
+    /// Has everything count as changed since a checkpoint whose bits are in memory.
+    mutating func distrust(_ index: Int, _ reason: String) {
+        entries[index].bits?.set(0..<size)
+        note(index, allDirty: reason)
+    }
+
     /// Says that everything counts as changed since a checkpoint.
     mutating func note(_ index: Int, allDirty reason: String?) {
         if let reason, entries[index].header.allDirty == nil { entries[index].header.allDirty = reason }

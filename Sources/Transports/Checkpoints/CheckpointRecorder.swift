@@ -18,7 +18,7 @@ final class CheckpointRecorder: ChangeRecorder, @unchecked Sendable {
     private let stored: DirtyBitmap
     private let path: String
     private let begin: @Sendable () throws(BlockError) -> Void
-    /// Whether the file says that somebody records.
+    /// Whether the file says that somebody records, or is gone, so that nobody trusts it.
     private let hasBegun = Atomic<Bool>(false)
     private let onFailure: @Sendable (BlockError) -> Void
 
@@ -114,7 +114,6 @@ final class CheckpointRecorder: ChangeRecorder, @unchecked Sendable {
     private static let ones = [UInt8](repeating: 0xFF, count: 65536)
 
     private func write(_ batch: [Range<UInt64>]) -> BlockError? {
-        defer { hasBegun.store(true, ordering: .releasing) }
         do throws(BlockError) {
             let file = try openFile()
             try write(batch, to: file.number)
@@ -124,7 +123,16 @@ final class CheckpointRecorder: ChangeRecorder, @unchecked Sendable {
 
     private func openFile() throws(BlockError) -> Descriptor {
         if let file { return file }
-        try begin()
+        do throws(BlockError) { try begin() } catch {
+            // A file that says that it is closed must not outlive what changes now; a missing one says that all has
+            // changed. Where it cannot be removed either, each change tries again.
+            if unlink(path) == 0 || errno == ENOENT {
+                try? syncDirectory(directoryName(path))
+                hasBegun.store(true, ordering: .releasing)
+            }
+            throw error
+        }
+        hasBegun.store(true, ordering: .releasing)
         let opened = try Descriptor.open(path, O_WRONLY)
         file = opened
         return opened

@@ -39,23 +39,32 @@ public final class CheckpointedDisk: Sendable {
     }
 
     private let state: Locked<State>
+    /// The disk itself, whatever its path leads to later.
+    private let file: Descriptor
     private let path: String
+    private let realPath: String
     private let log: @Sendable (String) -> Void
 
     /// A disk with the checkpoints that a directory has of it.
     ///
     /// - Parameters:
     ///   - base: the disk, opened for writing.
-    ///   - path: the file or block node that it is, or is a part of.
+    ///   - file: the file or block node that it is, or is a part of, opened before the disk.
+    ///   - path: where that was found.
     ///   - part: which part it is; "" for all of it.
     ///   - directory: a directory for the checkpoints of many disks.
     ///   - log: told what people have to know.
-    /// - Throws: `BlockError`: nothing tells the disk's states apart, or its checkpoints cannot be used.
+    /// - Throws: `BlockError`: nothing tells the disk's states apart, the path leads to another file by now, or the
+    ///   disk's checkpoints cannot be used.
     public init(
-        _ base: any BlockDevice, path: String, part: String, directory: String,
+        _ base: any BlockDevice, file: Descriptor, path: String, part: String, directory: String,
         log: @escaping @Sendable (String) -> Void
     ) throws(BlockError) {
-        let identity = try DiskIdentity(of: path)
+        let real = try Transports.realPath(path)
+        guard try DiskIdentity.leads(real, to: file) else {
+            throw BlockError(.invalid, "keeping checkpoints of \(path): it was replaced while it was opened; try again")
+        }
+        let identity = try DiskIdentity(of: file, path: real)
         let label = identity.path.split(separator: "/").last.map(String.init) ?? "disk"
         let name = String(label.map { CheckpointChain.isName("x\($0)") ? $0 : "_" }.prefix(100))
         let disk = "\(directory)/\(name)-\(try CheckpointFile.digest(ofText: identity.path).prefix(16))"
@@ -72,7 +81,9 @@ public final class CheckpointedDisk: Sendable {
         device.switchRecorder { recorder }
         state = Locked(State(chain: chain, recorder: recorder))
         self.device = device
+        self.file = file
         self.path = path
+        realPath = real
         self.log = log
     }
 
@@ -130,7 +141,7 @@ public final class CheckpointedDisk: Sendable {
                     scratch: scratch, bitmaps: state.chain.entries[..<older].map(\.header.name), recorder: next,
                     mayGrow: { () throws(BlockError) in try space.check() }, onFailure: onFailure)
             } catch {
-                try state.chain.remove(older)
+                withdraw(older, &state.chain)
                 throw error
             }
             state.recorder = next
@@ -143,8 +154,17 @@ public final class CheckpointedDisk: Sendable {
                     device: snapshot, checkpoint: name, created: created, increments: increments.map(\.checkpoint))
             } catch {
                 device.release(snapshot)
+                do throws(BlockError) { try drop(older, &state) } catch { log("\(error.message): it stays") }
                 throw error
             }
+        }
+    }
+
+    /// Takes out a checkpoint that nobody has recorded for. Where it has to stay, everything counts as changed since.
+    private func withdraw(_ index: Int, _ chain: inout CheckpointChain) {
+        do throws(BlockError) { try chain.remove(index) } catch {
+            chain.distrust(index, "no snapshot was made with it, and it could not be removed")
+            log("\(error.message): the checkpoint \(chain.entries[index].header.name) stays, and all counts as changed")
         }
     }
 
@@ -227,30 +247,45 @@ public final class CheckpointedDisk: Sendable {
             guard let index = state.chain.index(of: name) else {
                 throw BlockError(.notFound, "dropping the checkpoint \(name) of \(path): there is none of this name")
             }
-            let isNewest = index == state.chain.entries.count - 1
-            if index > 0 {
-                let bits = try state.chain.bits(index - 1)
-                try bits.merge(try state.chain.bits(index))
-                state.chain.note(index - 1, allDirty: state.chain.entries[index].header.allDirty)
-                if isNewest {
-                    try state.chain.store(index - 1, bits: bits, isClosed: false)
-                    let next = try Self.recorder(state.chain, index - 1, bits, log)
-                    let last = state.recorder
-                    // What was recorded since the bits were merged.
-                    device.switchRecorder {
-                        if let last { next.adopt(last.bits) }
-                        return next
-                    }
-                    state.recorder = next
-                } else {
-                    try state.chain.store(index - 1, bits: bits, isClosed: true)
-                }
-            } else if isNewest {
+            try drop(index, &state)
+        }
+    }
+
+    private func drop(_ index: Int, _ state: inout State) throws(BlockError) {
+        let isNewest = index == state.chain.entries.count - 1
+        guard index > 0 else {
+            try state.chain.remove(index)
+            if isNewest {
                 device.switchRecorder { nil }
                 state.recorder = nil
             }
-            try state.chain.remove(index)
+            return
         }
+        let bits = try state.chain.bits(index - 1)
+        try bits.merge(try state.chain.bits(index))
+        state.chain.note(index - 1, allDirty: state.chain.entries[index].header.allDirty)
+        if !isNewest {
+            try state.chain.store(index - 1, bits: bits, isClosed: true)
+            return try state.chain.remove(index)
+        }
+        // Before anybody records for it: whoever finds it after a crash does not trust it.
+        try state.chain.store(index - 1, bits: bits, isClosed: false)
+        let next: CheckpointRecorder
+        do throws(BlockError) {
+            next = try Self.recorder(state.chain, index - 1, bits, log)
+            try state.chain.remove(index)
+        } catch {
+            // The one that stays goes on recording.
+            close(index - 1, &state.chain)
+            throw error
+        }
+        let last = state.recorder
+        // What was recorded since the bits were merged.
+        device.switchRecorder {
+            if let last { next.adopt(last.bits) }
+            return next
+        }
+        state.recorder = next
     }
 
     /// Lets nobody change the disk any more, flushes it and closes the newest checkpoint, which is then trusted as long
@@ -266,8 +301,15 @@ public final class CheckpointedDisk: Sendable {
             for index in state.chain.entries.indices.dropLast() where state.chain.entries[index].bits != nil {
                 try state.chain.store(index, bits: try state.chain.bits(index), isClosed: true)
             }
+            guard try DiskIdentity.leads(path, to: file) else {
+                throw BlockError(
+                    .invalid,
+                    "closing the checkpoints of \(path): another file has taken its place while it was served, so "
+                        + "everything counts as changed")
+            }
             try state.chain.store(
-                last, bits: try state.chain.bits(last), isClosed: true, identity: try DiskIdentity(of: path))
+                last, bits: try state.chain.bits(last), isClosed: true,
+                identity: try DiskIdentity(of: file, path: realPath))
         }
     }
 }
