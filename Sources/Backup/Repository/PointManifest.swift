@@ -196,6 +196,23 @@ extension PointManifest {
         }
     }
 
+    /// What of the manifest is not as it was written.
+    ///
+    /// - Throws: `.unsupported` without OpenSSL.
+    func damages() throws(BlockError) -> [String] {
+        var damages: [String] = []
+        if try !hasValidChecksum() {
+            damages.append("the manifest was changed after it was written: its checksum is not that of its content")
+        }
+        if try computedRoot() != root {
+            damages.append("the root is not that of the sidecars, documents and parent")
+        }
+        for disk in disks where merged.isEmpty && disk.sealedHashes != disk.hashes.sha256 {
+            damages.append("the sidecar of disk \(disk.id) is not the one that it was sealed with")
+        }
+        return damages
+    }
+
     /// Whether the checksum is that of the content.
     func hasValidChecksum() throws(BlockError) -> Bool {
         var copy = self

@@ -22,6 +22,23 @@ struct PointRemoval {
     }
 
     func run() throws(BlockError) {
+        do throws(BlockError) {
+            let next = try next()
+            var allowed: Set<String> = []
+            for disk in next?.manifest.disks ?? [] where disk.base == doomed.sequence {
+                allowed.insert("\(layout.disk(disk.directory))/\(disk.file)")
+            }
+            try PrunePreflight.requireUnused(doomed, except: allowed, in: repository)
+            if let next { try hand(to: next) }
+            try clear()
+        } catch {
+            takeBack()
+            throw error
+        }
+    }
+
+    /// The point that continues the doomed one.
+    private func next() throws(BlockError) -> RestorePoint? {
         let next = try repository.points(of: doomed.machine).filter { point in
             point.manifest.disks.contains { $0.base == doomed.sequence }
         }
@@ -29,8 +46,34 @@ struct PointRemoval {
             throw BlockError(
                 .corrupt, "removing \(doomed.description): several points are based on it; run diskgate verify")
         }
-        if let next = next.first { try hand(to: next) }
-        try clear()
+        return next.first
+    }
+
+    /// Makes the point one like the others again, if nothing of it was changed yet: what cannot be finished is not to
+    /// be in the way.
+    private func takeBack() {
+        guard doomed.path.hasSuffix(Repository.doomedEnding),
+            let names = try? repository.manifestNames(of: doomed.machine)
+        else { return }
+        // Where a manifest cannot be read, nobody knows whether it took the point over.
+        var points: [RestorePoint] = []
+        for name in names {
+            let path = "\(layout.points)/\(name)"
+            guard let point = try? repository.point(inManifest: path, of: doomed.machine) else { return }
+            points.append(point)
+        }
+        for point in points {
+            if point.manifest.merged.contains(where: { $0.uuid == doomed.uuid }) { return }
+            for disk in point.manifest.disks where disk.base == doomed.sequence {
+                let merged = hashesName(point.sequence, merges: point.manifest.merged.count + 1)
+                if access(layout.hashes(disk.directory, merged), F_OK) == 0 || errno != ENOENT { return }
+            }
+        }
+        for disk in doomed.manifest.disks {
+            for name in [disk.file, disk.hashes.file]
+            where access("\(layout.disk(disk.directory))/\(name)", F_OK) < 0 { return }
+        }
+        try? renameDurably(doomed.path, to: String(doomed.path.dropLast(Repository.doomedEnding.count)))
     }
 
     /// A disk that the next point continues.
@@ -114,6 +157,7 @@ struct PointRemoval {
     /// Removes what nobody needs any more; the manifest last, so that this is done again where it was interrupted.
     private func clear() throws(BlockError) {
         let sequence = doomed.sequence
+        try PrunePreflight.requireUnused(doomed, except: [], in: repository)
         for point in try repository.points(of: doomed.machine)
         where point.manifest.merged.contains(where: { $0.uuid == doomed.uuid }) {
             for disk in point.manifest.disks {

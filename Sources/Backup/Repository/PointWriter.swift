@@ -250,14 +250,19 @@ extension Repository {
     /// Gives back what an obligation of the kind `partialObligation` stands for: what a run has left of a point that
     /// was not committed. A point that was committed stays. Done again, it changes nothing.
     ///
-    /// - Throws: `.invalid` for an obligation of another kind or repository, or `BlockError` when a file stays.
-    public func settle(_ obligation: Obligation) throws(BlockError) {
+    /// - Parameter lock: of `lockMachine` for the obligation's machine, where the caller has it; otherwise it is taken.
+    /// - Throws: `.denied` while a run or pruning of the machine is going on: the obligation stays; `.invalid` for an
+    ///   obligation of another kind or repository, or `BlockError` when a file stays.
+    public func settle(_ obligation: Obligation, holding lock: FileLock? = nil) throws(BlockError) {
         let details = obligation.details
         guard obligation.kind == Self.partialObligation, let directory = details["machine"],
             let number = details["sequence"], let sequence = Int(number), let run = details["run"],
             !directory.isEmpty, !directory.contains("/"), directory != "..", safeName(run, or: "") == run
         else { throw BlockError(.invalid, "removing what a run has left: \(obligation) is no such obligation") }
         let machine = RepositoryMachine(id: "", name: directory, directory: directory)
+        if access(layout(machine).path, F_OK) < 0 && errno == ENOENT { return }
+        let own = lock?.path == layout(machine).machineLock ? lock : try lockMachine(machine)
+        defer { withExtendedLifetime(own) {} }
         try removePartial(machine, sequence: sequence, run: run)
     }
 
@@ -268,7 +273,11 @@ extension Repository {
         try removeDurably("\(reservation).partial")
         // Without it nothing was made, or everything is removed: what has this number now is another run's.
         if access(reservation, F_OK) < 0 && errno == ENOENT { return }
-        let isCommitted = try manifestNames(of: machine).contains { Backup.sequence(ofName: $0) == sequence }
+        // A point that somebody has begun to remove was committed, too: its file is another one's by now, perhaps.
+        let isCommitted = try namesIfThere(layout.points).contains {
+            Backup.sequence(ofName: $0) == sequence
+                && ($0.hasSuffix(".json") || $0.hasSuffix(".json\(Self.doomedEnding)"))
+        }
         if !isCommitted {
             var directories = [layout.documents]
             for name in try namesIfThere(layout.disks) { directories.append(layout.disk(name)) }

@@ -35,6 +35,16 @@ extension Repository {
         return doomed
     }
 
+    /// Points that somebody has begun to remove and not finished with, the oldest first. Pruning, verifying and
+    /// `finishInterruptedRemovals` finish them.
+    ///
+    /// - Throws: `BlockError` when the repository cannot be read.
+    public func unfinishedRemovals(of machine: RepositoryMachine? = nil) throws(BlockError) -> [RestorePoint] {
+        var points: [RestorePoint] = []
+        for machine in try chosen(machine) { points += try doomed(of: machine) }
+        return points
+    }
+
     /// Whether removals of a machine were begun and not finished.
     ///
     /// - Throws: `BlockError` when the repository cannot be read.
@@ -66,8 +76,15 @@ extension Repository {
         for point in points {
             var decision = PruneDecision(point: point, reasons: reasons[point.sequence] ?? [])
             if try marks(of: point).contains(where: { $0.kind == .pinned }) { decision.reasons.append("pinned") }
-            if decision.isRemoved { try remove(&decision, isDryRun: isDryRun, willRemove) }
             decisions.append(decision)
+        }
+        // Merging is not undone: all that comes after the first point that goes has to be whole before it goes.
+        if let first = decisions.firstIndex(where: \.isRemoved) {
+            var preflight = PrunePreflight(self, machine, points)
+            for point in points[first...] { try preflight.check(point) }
+        }
+        for index in decisions.indices where decisions[index].isRemoved {
+            try remove(&decisions[index], isDryRun: isDryRun, willRemove)
         }
         return decisions
     }
@@ -94,9 +111,16 @@ extension Repository {
         }
         // What the removal of earlier points has changed counts.
         let now = try self.point(inManifest: point.path, of: point.machine)
-        decision.into = try points(of: point.machine).first { next in
+        let next = try points(of: point.machine).filter { next in
             next.manifest.disks.contains { $0.base == point.sequence }
-        }?.sequence
+        }
+        decision.into = next.first?.sequence
+        let preflight = PrunePreflight(self, point.machine, [])
+        for next in next { try preflight.checkSpace(toMerge: next, into: point.sequence) }
+        let files = next.flatMap { next in
+            next.manifest.disks.map { "\(layout(point.machine).disk($0.directory))/\($0.file)" }
+        }
+        try PrunePreflight.requireUnused(now, except: Set(files), in: self)
         if isDryRun { return }
         willRemove(decision)
         let doomed = "\(point.path)\(Self.doomedEnding)"

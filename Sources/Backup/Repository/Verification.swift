@@ -110,17 +110,7 @@ struct Verification {
 
     private mutating func verifyManifest(_ point: RestorePoint, among points: [RestorePoint]) throws(BlockError) {
         let manifest = point.manifest
-        if try !manifest.hasValidChecksum() {
-            add(
-                "the manifest was changed after it was written: its checksum is not that of its content",
-                point: point.sequence, file: point.path)
-        }
-        if try manifest.computedRoot() != manifest.root {
-            add("the root is not that of the sidecars, documents and parent", point: point.sequence, file: point.path)
-        }
-        for disk in manifest.disks where manifest.merged.isEmpty && disk.sealedHashes != disk.hashes.sha256 {
-            add("the sidecar is not the one that it was sealed with", point: point.sequence, disk: disk.id)
-        }
+        for damage in try manifest.damages() { add(damage, point: point.sequence, file: point.path) }
         if manifest.machine.id != machine.id {
             add("it is a point of another machine, \(manifest.machine.name)", point: point.sequence, file: point.path)
         }
@@ -209,28 +199,6 @@ struct Verification {
                 report.notes.append("\(directory)/\(name) belongs to no point: a run is going on, or was interrupted")
             }
         }
-    }
-}
-
-/// The name of the backing file in a qcow2 image's header (docs/interop/qcow2.txt of QEMU).
-private enum BackingName {
-    static func read(from path: String) throws(BlockError) -> String? {
-        let file = try RawFileDevice.open(path)
-        let count = Int(min(file.info.size, 65536))
-        if count < 72 { throw BlockError(.corrupt, "reading \(path): it is no qcow2 image") }
-        let buffer = Buffer(count: count)
-        try file.read(into: buffer.bytes, at: 0)
-        let bytes = buffer.readable
-        if bytes.bigEndian(0, as: UInt32.self) != 0x5146_49FB {
-            throw BlockError(.corrupt, "reading \(path): it is no qcow2 image")
-        }
-        let offset = bytes.bigEndian(8, as: UInt64.self)
-        let length = Int(bytes.bigEndian(16, as: UInt32.self))
-        if offset == 0 { return nil }
-        guard offset < UInt64(count), length <= count - Int(offset) else {
-            throw BlockError(.corrupt, "reading \(path): the backing file's name lies outside the header")
-        }
-        return String(decoding: bytes[Int(offset)..<(Int(offset) + length)], as: UTF8.self)
     }
 }
 

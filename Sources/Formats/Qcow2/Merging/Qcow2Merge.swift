@@ -26,6 +26,16 @@ public struct Qcow2MergeReport: Sendable, Equatable {
 /// are no longer mapped fall one sync later. A crash leaves clusters that nobody uses, at worst. A merge that was
 /// interrupted is started again from the beginning.
 public enum Qcow2Merge {
+    /// Looks whether an image can be one of a merge, without changing it: its header, L1 table and the reference counts
+    /// of its tables.
+    ///
+    /// - Throws: `.unsupported` for an image outside the profile of `Qcow2Writer`, `.corrupt` for one that contradicts
+    ///   itself, or what reading throws.
+    public static func check(_ path: String) throws(BlockError) {
+        let image = try ProfileImage(DiskImageFile(try Descriptor.open(path, O_RDONLY), name: path))
+        _ = try ReferenceCounts(image)
+    }
+
     /// Merges a child into its base and waits until that is durable. Nobody else has the base open; the child is only
     /// read. Afterwards `rename(base, child)` is the caller's.
     ///
