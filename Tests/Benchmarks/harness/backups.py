@@ -200,7 +200,7 @@ def copy_stretch(diskgate: str, directory: pathlib.Path, planned: str, length: i
 def follow(command: list[str], partial: pathlib.Path, length: int) -> Stretch:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True)
-    started, early, done = time.monotonic(), 0.0, 0
+    started, early, now, done = time.monotonic(), 0.0, 0.0, 0
     peak = pathlib.Path(f"/proc/{process.pid}/status")
     for line in process.stderr:
         if not line.startswith("{"):
@@ -214,11 +214,10 @@ def follow(command: list[str], partial: pathlib.Path, length: int) -> Stretch:
     process.send_signal(signal.SIGINT)
     process.stderr.read()
     process.stderr.close()
-    _, _, usage = os.wait4(process.pid, 0)
-    process.returncode = 0
+    process.wait()
     if done < length:
         raise BenchError(f"the copy ended after {done} bytes")
-    return Stretch(seconds, early, usage.ru_maxrss / 1024, stored)
+    return Stretch(seconds, early, now, stored)
 
 
 def room_needed() -> int:
