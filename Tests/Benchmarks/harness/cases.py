@@ -3,11 +3,12 @@
 import fnmatch
 from dataclasses import dataclass
 
-from .process import BenchError
+from . import backups
+from .process import GIB, BenchError
 from .servers import Server
-from .workloads import COPIERS, FLOOR, Copy, CopyIn, CopyOut, Fio, Load, Row, Start
+from .workloads import COPIERS, FLOOR, Copy, CopyIn, CopyOut, Fio, Incremental, Load, Row, Start, Stretch
 
-Workload = Copy | CopyIn | CopyOut | Fio | Load | Start
+Workload = Copy | CopyIn | CopyOut | Fio | Incremental | Load | Start | Stretch
 
 EVERY_SERVER = ("diskgate", "nbdkit", "qemu-nbd", "qemu-nbd-uring", "nbd-server")
 TLS_SERVERS = ("diskgate", "nbdkit", "qemu-nbd")
@@ -32,6 +33,10 @@ class Case:
                 needed = {"nbdcopy": "libnbd-bin", "qemu-img": "qemu-utils"}
             case Copy() | CopyIn():
                 needed = {"nbdcopy": "libnbd-bin"}
+            case Incremental():
+                needed = backups.programs_needed()
+            case Stretch():
+                needed = {"nbdkit": "nbdkit"}
             case Fio():
                 needed = {"fio": "fio"}
             case _:
@@ -54,6 +59,12 @@ class Case:
             # The same server for all: it is the clients that are compared.
             return [Row(name, servers["nbdkit"], self.disk, client=name) for name, (program, *_) in COPIERS.items()
                     if "nbdkit" in selected and (program != "diskgate" or "diskgate" in selected)]
+        if isinstance(self.workload, Incremental):
+            # A copy of everything takes as long whatever has changed: once is enough.
+            names = backups.BACKERS if self.workload.percent == 1 else backups.BACKERS[:2]
+            return [Row(name, None, self.disk, client=name) for name in names if "diskgate" in selected]
+        if isinstance(self.workload, Stretch):
+            return [Row("diskgate", None, self.disk)] if "diskgate" in selected else []
         wanted = [(name, name, self.disk) for name in self.servers] + list(self.extra_rows)
         return [Row(label, servers.get(name), disk) for label, name, disk in wanted if name in selected]
 
@@ -97,6 +108,11 @@ CASES = [
          "diskgate flushes, the others do not", CopyOut(), servers=("diskgate", "nbdkit"), disk="sparse"),
     Case("copy-sparse-flushed", "the same, all flush", CopyOut(flushed=True), servers=("diskgate", "nbdkit"),
          disk="sparse"),
+    *(Case(f"backup-changed-{percent}", f"incremental backup of a libvirt domain, {percent} % of its 10 GiB changed in "
+           "random 64 KiB pieces; per GiB of these", Incremental(percent), servers=("diskgate",), disk="domain")
+      for percent in (1, 10)),
+    Case("backup-memory", "a copy of a fully allocated 1 TiB pattern to compressed qcow2, stopped after 16 GiB",
+         Stretch("1T", 16 * GIB), servers=("diskgate",), disk="pattern"),
     _hot(1, 1), _hot(1, 32), _hot(4, 32), _hot(32, 4), _hot(1, 32, "-tcp", tcp=True),
     _cold(1, 32), _cold(4, 16),
     Case("rand-write-1x32", "4 KiB random writes over existing data, 1 connection, 32 in flight",

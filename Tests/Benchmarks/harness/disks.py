@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 
+from . import backups
 from .process import GIB, MIB, BenchError
 
 BLOCK = MIB
@@ -43,7 +44,8 @@ class Disks:
         return self.path("raw" if name == "qcow2" else name)
 
     def bytes_needed(self, names: set[str]) -> int:
-        sizes = {"raw": self.size, "sparse": self.size, "qcow2": self.size, "target": self.size, "cold": self.cold_size}
+        sizes = {"raw": self.size, "sparse": self.size, "qcow2": self.size, "target": self.size, "cold": self.cold_size,
+                 "domain": backups.room_needed(), "pattern": backups.DISK_SIZE}
         return sum(sizes[name] for name in names | {"raw"})
 
     @staticmethod

@@ -39,10 +39,13 @@ def run_client(argv: list[str]) -> ClientRun:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         watchdog = threading.Timer(CLIENT_TIMEOUT_SECONDS, process.kill)
         watchdog.start()
+        # Not wait4's peak: it begins with that of this program, from which the client was forked.
+        memory = MemoryWatch(process.pid, forks=False, proportional=False)
         try:
-            output = process.stdout.read().decode()
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.monotonic() - started
+            with memory:
+                output = process.stdout.read().decode()
+                _, status, usage = os.wait4(process.pid, 0)
+                seconds = time.monotonic() - started
             process.returncode = os.waitstatus_to_exitcode(status)
         finally:
             watchdog.cancel()
@@ -54,7 +57,7 @@ def run_client(argv: list[str]) -> ClientRun:
             errors.seek(0)
             raise BenchError(f"{shlex.join(argv)}\nended with status {process.returncode}: "
                              f"{last_lines(errors.read().decode(errors='replace'))}")
-    return ClientRun(seconds, usage.ru_utime + usage.ru_stime, output, usage.ru_maxrss / 1024)
+    return ClientRun(seconds, usage.ru_utime + usage.ru_stime, output, memory.peak_rss_mib)
 
 
 def last_lines(text: str, count: int = 5) -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import disks
+from . import backups, disks
 from .cipher import chosen_cipher
 from .disks import Disks
 from .process import GIB, BenchError, ClientRun, MemoryWatch, last_lines, machine_busy_seconds, run_client
@@ -59,6 +59,7 @@ class Bench:
     passes: int
     credentials: pathlib.Path  # what make-certificates made
     diskgate: str = "diskgate"  # the program, where it is a client
+    domains: backups.Domains | None = None
 
     def tls(self, kind: str | None) -> TLS | None:
         return TLS(kind, self.credentials) if kind else None
@@ -208,6 +209,34 @@ class CopyOut:
         os.sync()  # what is still to be written is not the next one's business
         sample = measurement.per_gib(path.stat().st_blocks * 512)
         return sample | {"client_rss_mib": measurement.runs[0].peak_rss_mib}
+
+
+@dataclass(frozen=True)
+class Incremental:
+    """An incremental backup of a domain, `percent` of which has changed in random pieces of 64 KiB; per GiB of them."""
+
+    percent: int
+    metrics = (Metric("seconds", "wall s", "lower"), CLIENT_CPU_COMPARED,
+               Metric("server_cpu_per_gib", "QEMU CPU s/GiB"), Metric("stored_per_changed", "file / changed", "lower"),
+               CLIENT_RSS, OTHERS)
+
+    def run(self, bench: Bench, row: Row, round: int) -> Sample:
+        pieces = backups.DISK_SIZE // backups.PIECE * self.percent // 100
+        return backups.incremental(bench.domains, row.client, pieces, round, check=round == 0)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A copy of a fully allocated, compressible disk to qcow2 that is stopped after a stretch of it."""
+
+    planned: str
+    length: int
+    metrics = (Metric("early_rss_mib", "RSS MiB at a quarter"), CLIENT_RSS, GIB_RATE, Metric("stored_gib", "file GiB"))
+
+    def run(self, bench: Bench, row: Row, round: int) -> Sample:
+        done = backups.copy_stretch(bench.diskgate, bench.disks.directory, self.planned, self.length)
+        return {"early_rss_mib": done.early_rss_mib, "client_rss_mib": done.rss_mib,
+                "gib_per_second": self.length / GIB / done.seconds, "stored_gib": done.stored / GIB}
 
 
 @dataclass(frozen=True)
