@@ -85,7 +85,7 @@ struct QEMUReleaseTests {
             _ = try provider.begin(request(["vda"], checkpoint: "r-1"), ledger: begin(process))
             let aside = process.directory.file("aside.sock")
             try require(rename(process.monitor, aside) == 0, "moving the monitor's socket")
-            let obligations = try RunLedger.list(stateDirectory: process.directory.file("state")).flatMap(\.obligations)
+            let obligations = try RunLedger.list(stateDirectory: process.directory.file("state")).runs.flatMap(\.obligations)
             for obligation in obligations {
                 #expect(throws: BlockError.self) { try provider.settle(obligation, adopted: false) }
             }
