@@ -77,7 +77,8 @@ private final class Stranger: Sendable {
 
     @Test(arguments: [
         "", "vm1", "qmp+unix:", "qmp+unix:q", "qmp+unix:/q?agent=a", "qmp+unix:/q?scratch=s",
-        "qmp+tcp:h:1?nbd=localhost:1&scratch=s", "qmp+unix:/q?what=1", "qmp+unix:/q?agent=", "qmp+unix:/q%zz", "qmp+tcp:host",
+        "qmp+tcp:h:1?nbd=localhost:1&scratch=s", "qmp+unix:/q?what=1", "qmp+unix:/q?agent=", "qmp+unix:/q%zz",
+        "qmp+tcp:host",
         "qmp+tcp:host:4444", "qmp+tcp:host:4444?nbd=h:1&scratch=/s", "qmp+tcp:h:0?nbd=localhost:1&scratch=/s",
         "qmp+tcp:h:1?nbd=h:1&scratch=/s&tls=on", "vsphere:vc/vm", "scp:vm", "foo:bar", "libvirt:", "libvirt:qemu",
         "libvirt:qemu:///system/", "libvirt:qemu+ssh://host/system/vm1", "libvirt:qemu:///system/-x",

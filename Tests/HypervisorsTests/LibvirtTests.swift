@@ -66,7 +66,7 @@ private final class Domain {
     }
 
     func leftovers() throws -> [String] {
-        let job = try LibvirtPlace(machine).runningBackup().map { [$0] } ?? []
+        let job = try LibvirtPlace(machine).runningBackup().map { [$0.server] } ?? []
         return try job + namesInDirectory(directory.path).filter { $0.hasPrefix("diskgate-") }
     }
 }
@@ -160,6 +160,11 @@ struct LibvirtTests {
             let obligations = ledger?.obligations ?? []
             #expect(obligations.map(\.kind) == ["libvirt.directory", "libvirt.checkpoint", "libvirt.backup"])
             ledger = nil
+            // While the backup goes on, neither its checkpoint nor its directory is taken from it.
+            try requireError(.denied, "removing checkpoints during a backup") { _ = try provider.unprotect() }
+            try requireError(.denied, "removing a directory in use") {
+                try provider.settle(obligations[0], adopted: false)
+            }
             for _ in 0..<2 {
                 for obligation in obligations.reversed() { try provider.settle(obligation, adopted: false) }
             }

@@ -7,8 +7,8 @@ import LinuxIO
 /// A freeze that ends, whatever happens to this process. The guard is diskgate itself, started again.
 ///
 /// Over the socket between them, this process says `freeze` and then `thaw`; the guard answers with `frozen`, `thawed`,
-/// `late` (it has thawed by itself, since the time was over, or the guest has), `unsupported REASON` (nothing was frozen)
-/// or `error REASON`.
+/// `late` (it has thawed by itself, since the time was over, or the guest has), `unsupported REASON` (nothing was
+/// frozen) or `error REASON`.
 final class FreezeGuard {
     private let socket: Descriptor
     let process: pid_t

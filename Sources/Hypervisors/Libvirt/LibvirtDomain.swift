@@ -115,6 +115,21 @@ struct LibvirtDomain: Sendable {
     }
 }
 
+/// A backup that libvirt makes of a domain.
+struct LibvirtBackup {
+    /// The socket or port where it is served.
+    let server: String
+    let exports: [String]
+    /// Its scratch files.
+    let files: [String]
+
+    /// Whether it is the one that an obligation speaks of. A port is the same in each run; exports are not.
+    func isMeant(by details: [String: String]) -> Bool {
+        guard server == details["server"] else { return false }
+        return details["export"].map { prefix in exports.contains { $0.hasPrefix(prefix) } } ?? true
+    }
+}
+
 extension LibvirtPlace {
     /// Names of diskgate's checkpoints of the domain, oldest first.
     func checkpointNames() throws(BlockError) -> [String] {
@@ -134,15 +149,32 @@ extension LibvirtPlace {
         throw BlockError(.inputOutput, "removing the checkpoint \(name) of \(self.name): \(result.errors)\(hint)")
     }
 
-    /// The socket or port of the backup that goes on; nil where there is none.
-    func runningBackup() throws(BlockError) -> String? {
+    /// The backup that goes on; nil where there is none.
+    func runningBackup() throws(BlockError) -> LibvirtBackup? {
         let result = try virsh.attempt(["backup-dumpxml", domain])
         if result.status != 0 {
             let absent = ["no domain backup job", "not running", "failed to get domain", "Domain not found"]
             if absent.contains(where: result.errors.contains) { return nil }
             throw BlockError(.inputOutput, "looking for a backup of \(name): \(result.errors)")
         }
-        let server = try XMLElement(parsing: result.output)["server"]?.attributes ?? [:]
-        return server["socket"] ?? server["port"] ?? ""
+        let backup = try XMLElement(parsing: result.output)
+        let server = backup["server"]?.attributes ?? [:]
+        let disks = backup["disks"]?.all("disk") ?? []
+        return LibvirtBackup(
+            server: server["socket"] ?? server["port"] ?? "",
+            exports: disks.compactMap { $0.attributes["exportname"] },
+            files: disks.compactMap { $0["scratch"]?.attributes["file"] })
+    }
+
+    /// Whether no job is at work on the domain: neither is a backup that is only just beginning.
+    func isIdle() throws(BlockError) -> Bool {
+        let result = try virsh.attempt(["domjobinfo", domain])
+        if result.status == 0 {
+            return result.output.split { $0.isWhitespace || $0 == ":" }.prefix(3).last == "None"
+        }
+        if ["not running", "failed to get domain", "Domain not found"].contains(where: result.errors.contains) {
+            return true
+        }
+        throw BlockError(.inputOutput, "looking for jobs of \(name): \(result.errors)")
     }
 }

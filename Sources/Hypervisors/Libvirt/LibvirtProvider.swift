@@ -36,6 +36,10 @@ final class LibvirtProvider: Provider {
     }
 
     func unprotect() throws(BlockError) -> [String] {
+        if let backup = try place.runningBackup() {
+            throw BlockError(
+                .denied, "removing checkpoints of \(name): a backup of it goes on (\(backup.server)): end it first")
+        }
         var done: [String] = []
         // Newest first: no checkpoint is removed from below another.
         for checkpoint in try place.checkpointNames().reversed() {

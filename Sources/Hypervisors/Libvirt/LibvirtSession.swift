@@ -51,15 +51,9 @@ final class LibvirtSession: SnapshotSession {
     }
 
     func finish(adopting: Bool) throws(BlockError) {
-        let release = LibvirtRelease(place)
-        var failure: BlockError?
-        for obligation in obligations.reversed() {
-            do throws(BlockError) {
-                try release.settle(obligation, adopted: adopting)
-                try ledger.settle(obligation)
-            } catch { failure = failure ?? error }
-        }
-        if let failure { throw failure.during("ending the snapshot of \(place.name)") }
+        do throws(BlockError) {
+            try LibvirtRelease(place).settleAll(obligations, of: ledger, adopted: adopting)
+        } catch { throw error.during("ending the snapshot of \(place.name)") }
     }
 }
 
@@ -71,6 +65,25 @@ struct LibvirtRelease {
 
     init(_ place: LibvirtPlace) { self.place = place }
 
+    /// Gives back all that a run has made, the last first, and strikes it out.
+    ///
+    /// - Throws: the first error; what could not be given back stays in the ledger. As long as the backup may go on, so
+    ///   do its checkpoint and its directories.
+    func settleAll(_ obligations: [Obligation], of ledger: RunLedger, adopted: Bool) throws(BlockError) {
+        var failure: BlockError?
+        for obligation in obligations.reversed() {
+            do throws(BlockError) {
+                try settle(obligation, adopted: adopted)
+                try ledger.settle(obligation)
+            } catch {
+                failure = failure ?? error
+                if obligation.kind == "libvirt.backup" { break }
+            }
+        }
+        if let failure { throw failure }
+    }
+
+    /// Gives back what one obligation stands for.
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {
         let details = obligation.details
         switch (obligation.kind, details["server"] ?? details["checkpoint"] ?? details["path"]) {
@@ -80,11 +93,19 @@ struct LibvirtRelease {
             guard try !isGone(), try LibvirtDomain(place).isRunning else { return }
             _ = try freezer.thawSurely(seconds: 60)
             return
-        case ("libvirt.backup", let server?): return try endBackup(server)
+        case ("libvirt.backup", _?): return try endBackup(details)
         case ("libvirt.checkpoint", let checkpoint?):
             if try isGone() { return }
-            return try settleCheckpoint(checkpoint, before: details["before"] ?? "", adopted: adopted)
-        case ("libvirt.directory", let path?): return try removeScratchDirectory(path)
+            return try settleCheckpoint(
+                checkpoint, replaced: OwnName.names(in: details["replaces"]), adopted: adopted)
+        case ("libvirt.directory", let path?):
+            if let backup = try place.runningBackup(),
+                ([backup.server] + backup.files).contains(where: { $0.hasPrefix(path + "/") })
+            {
+                throw BlockError(
+                    .denied, "removing the directory \(path): libvirt's backup still uses it: end that first")
+            }
+            return try removeScratchDirectory(path)
         default: break
         }
         throw BlockError(.unsupported, "giving back \(obligation.kind) \(details): libvirt has no such thing")
@@ -99,21 +120,34 @@ struct LibvirtRelease {
         return false
     }
 
-    /// Ends the backup that is served where ours was.
-    private func endBackup(_ server: String) throws(BlockError) {
+    /// Ends the backup of an obligation, also one that libvirt is only just beginning: the virsh that asked for it may
+    /// have outlived who started it, or may have been ended too early.
+    private func endBackup(_ details: [String: String]) throws(BlockError) {
         let deadline = monotonicSeconds() + Self.endSeconds
-        while try place.runningBackup() == server {
-            _ = try place.virsh.attempt(["domjobabort", place.domain])
-            if monotonicSeconds() > deadline {
-                throw BlockError(.inputOutput, "ending libvirt's backup of \(place.name): it goes on")
+        var (wasSeen, idleLooks) = (false, 0)
+        while true {
+            if let backup = try place.runningBackup() {
+                // There can be only one.
+                if !backup.isMeant(by: details) { return }
+                wasSeen = true
+                _ = try place.virsh.attempt(["domjobabort", place.domain])
+            } else if wasSeen {
+                return
+            } else {
+                idleLooks = try place.isIdle() ? idleLooks + 1 : 0
+                if idleLooks == 2 { return }
             }
-            pause(seconds: 0.05)
+            if monotonicSeconds() > deadline {
+                throw BlockError(
+                    .inputOutput, "ending libvirt's backup of \(place.name): it, or another job of the domain, goes on")
+            }
+            pause(seconds: idleLooks > 0 ? 1 : 0.05)
         }
     }
 
-    private func settleCheckpoint(_ new: String, before: String, adopted: Bool) throws(BlockError) {
+    private func settleCheckpoint(_ new: String, replaced: [String], adopted: Bool) throws(BlockError) {
         for name in try place.checkpointNames().reversed() {
-            let goes = adopted ? name != new && (OwnName.replaces(new, name) || name == before) : name == new
+            let goes = adopted ? name != new && replaced.contains(name) : name == new
             if goes { try place.deleteCheckpoint(name) }
         }
     }

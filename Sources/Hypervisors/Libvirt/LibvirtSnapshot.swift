@@ -25,6 +25,7 @@ final class LibvirtSnapshot {
     private let checkpoint: String
     private let directory: String
     private let filesDirectory: String
+    private let short: String
     private let socket: String
     private var made: [Obligation] = []
     private var warnings: [String] = []
@@ -35,7 +36,7 @@ final class LibvirtSnapshot {
         self.request = request
         self.ledger = ledger
         checkpoint = OwnName.checkpoint(request.checkpoint)
-        let short = OwnName.short(ledger.run.id)
+        short = OwnName.short(ledger.run.id)
         let base = request.scratchDirectory ?? place.scratch ?? "/var/tmp"
         filesDirectory = place.isLocal ? "\(base)/diskgate-\(short)" : base
         // A Unix socket's path has at most 107 bytes.
@@ -48,10 +49,8 @@ final class LibvirtSnapshot {
     func begin() throws(BlockError) -> LibvirtSession {
         do throws(BlockError) { return try make() } catch {
             let release = LibvirtRelease(place)
-            for obligation in made.reversed() {
-                // What cannot be given back now stands in the ledger.
-                if (try? release.settle(obligation, adopted: false)) != nil { try? ledger.settle(obligation) }
-            }
+            // What cannot be given back now stands in the ledger.
+            try? release.settleAll(made, of: ledger, adopted: false)
             throw error.during("making a snapshot of \(place.name)")
         }
     }
@@ -59,14 +58,20 @@ final class LibvirtSnapshot {
     private func make() throws(BlockError) -> LibvirtSession {
         var parts = try plan()
         if let other = try place.runningBackup() {
-            throw BlockError(.denied, "another backup of this domain goes on already (\(other))")
+            throw BlockError(.denied, "another backup of this domain goes on already (\(other.server))")
         }
         try makeDirectories()
+        let wanted = parts.compactMap(\.wanted)
+        let replaced = try place.checkpointNames().filter {
+            OwnName.replaces(checkpoint, $0) || wanted.contains($0) && $0 != checkpoint
+        }
         made.append(
             try ledger.intend(
-                "libvirt.checkpoint",
-                ["checkpoint": checkpoint, "before": parts.lazy.compactMap(\.wanted).first ?? ""]))
-        made.append(try ledger.intend("libvirt.backup", ["server": place.address.map { "\($0.port)" } ?? socket]))
+                "libvirt.checkpoint", ["checkpoint": checkpoint, "replaces": OwnName.joined(replaced)]))
+        made.append(
+            try ledger.intend(
+                "libvirt.backup",
+                place.address.map { ["server": "\($0.port)", "export": "\(short)-"] } ?? ["server": socket]))
         Step.reached("libvirt.intended")
         let moment = try SnapshotMoment(
             freezer: domain.hasAgent ? .libvirt(uri: place.virsh.uri, domain: place.domain) : nil, request, ledger,
@@ -182,10 +187,15 @@ final class LibvirtSnapshot {
             // What a scratch file is called on another machine is never seen here: one for each disk is used again.
             let file = "\(filesDirectory)/\(place.isLocal ? "" : "diskgate-")scratch-\(disk.target).qcow2"
             disks +=
-                "<disk name=\(target) backup='yes' type='file' exportname=\(target)\(mode)>"
+                "<disk name=\(target) backup='yes' type='file' exportname=\(quoted(exportName(disk)))\(mode)>"
                 + "<driver type='qcow2'/><scratch file=\(quoted(file))/></disk>"
         }
         return "<domainbackup mode='pull'>\(server)<disks>\(disks)</disks></domainbackup>"
+    }
+
+    /// What a disk's export is called. Over TCP the name is all that tells this run's from another's.
+    private func exportName(_ disk: LibvirtDomain.Disk) -> String {
+        place.isLocal ? disk.target : "\(short)-\(disk.target)"
     }
 
     private func checkpointDescription(_ parts: [Part]) -> String {
@@ -201,7 +211,7 @@ final class LibvirtSnapshot {
     private func offered(_ part: Part) throws(BlockError) -> SnapshotDisk {
         var disk = SnapshotDisk(
             id: part.disk.target, size: part.disk.size,
-            source: try place.source(part.disk.target, socket: socket))
+            source: try place.source(exportName(part.disk), socket: socket))
         disk.changedContext = part.since.map { _ in "qemu:dirty-bitmap:\(QEMUSnapshot.changedBitmap)" }
         disk.downgrade = part.downgrade
         disk.checkpoint = part.disk.isTracked ? checkpoint : nil

@@ -143,7 +143,8 @@ final class QEMURelease {
         if access(socket, F_OK) == 0 && !isAbandonedSocket(socket) { user = user ?? "its NBD server" }
         if let user {
             throw BlockError(
-                .denied, "removing the directory \(path): QEMU still uses it (\(user)): that has to be given back first")
+                .denied, "removing the directory \(path): QEMU still uses it (\(user)): that has to be given back first"
+            )
         }
     }
 
