@@ -178,8 +178,8 @@ final class OpenDestination {
             // What the earlier one has not copied is not in what changed since.
             throw BlockError(
                 .denied,
-                "\(doing): \(path).incomplete says that an earlier copy onto it was interrupted; --resume with the same "
-                    + "--changed continues that; to begin anew, make a whole copy with --force, without --changed")
+                "\(doing): \(path).incomplete says that an earlier copy onto it was interrupted; --resume with the "
+                    + "same --changed continues that; to begin anew, make a whole copy with --force, without --changed")
         }
         if isMarked && !rules.forces && !rules.resumes {
             throw BlockError(

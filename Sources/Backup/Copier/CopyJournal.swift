@@ -122,8 +122,8 @@ final class CopyJournal {
             if line == rejection {
                 throw BlockError(
                     .denied,
-                    "\(doing): verifying has found that what was copied differs from the source; make a whole copy anew "
-                        + "with --force")
+                    "\(doing): verifying has found that what was copied differs from the source; make a whole copy "
+                        + "anew with --force")
             }
             let words = line.split(separator: " ")
             guard words.count == 3, words[0] == "done", let from = UInt64(words[1]), let to = UInt64(words[2]),
