@@ -91,6 +91,20 @@ public enum ChildProgram {
         return exitStatus(status)
     }
 
+    /// The exit status of a process that ends before the deadline; nil when it does not.
+    private static func reap(_ process: pid_t, deadline: Double) -> Int32? {
+        var pause: UInt32 = 500
+        while true {
+            var status: Int32 = 0
+            let result = waitpid(process, &status, WNOHANG)
+            if result == process { return exitStatus(status) }
+            if result < 0 && errno != EINTR { return 127 }
+            if monotonicSeconds() >= deadline { return nil }
+            usleep(pause)
+            pause = min(pause * 2, 20_000)
+        }
+    }
+
     private static func exitStatus(_ status: Int32) -> Int32 {
         let signal = status & 0x7F
         return signal == 0 ? (status >> 8) & 0xFF : 128 + signal
@@ -107,9 +121,11 @@ public enum ChildProgram {
         let (process, output, errors) = try startPiped(words)
         let deadline = monotonicSeconds() + seconds
         let said = readAll([output, errors], deadline: deadline)
-        if said == nil { kill(-process, SIGKILL) }
-        let status = reap(process)
-        guard let said else {
+        // It may have closed what it says things on, and go on nevertheless.
+        let ended = said == nil ? nil : reap(process, deadline: deadline)
+        guard let said, let status = ended else {
+            kill(-process, SIGKILL)
+            reap(process)
             throw BlockError(
                 .inputOutput, "\(words.prefix(4).joined(separator: " ")): it did not end within \(Int(seconds)) s")
         }

@@ -123,6 +123,14 @@ struct CopyCommand: ParsableCommand {
         if result.bytesResumed > 0 { parts.append("\(readable(result.bytesResumed)) done before") }
         if let compared = result.bytesVerified { parts.append("\(readable(compared)) verified") }
         if result.retries > 0 { parts.append("\(result.retries) retries") }
+        if result.reconnects > 0 {
+            parts.append("\(result.reconnects) reconnections")
+            if result.bytesVerified == nil {
+                writeError(
+                    "diskgate: the connection to the source was lost on the way; --verify tells whether the copy is of "
+                        + "one disk")
+            }
+        }
         let rate = result.seconds > 0 ? Double(result.bytesRead + result.bytesCloned) / result.seconds : 0
         return "\(result.destination): \(parts.joined(separator: ", ")) of \(readable(result.size)) in "
             + "\(decimals(result.seconds, 2)) s (\(readable(UInt64(rate)))/s)"

@@ -25,7 +25,43 @@ private func filled(_ size: UInt64) throws -> RawFileDevice {
     return device
 }
 
+/// A disk whose first flush fails, and that knows nothing of it afterwards.
+private final class ForgetfulTarget: CopyTarget {
+    let name = "forgetful"
+    let size: UInt64
+    let granularity: UInt64 = 4096
+    let writeMax = 1 << 20
+    let isSequential = false
+    let flushes = Locked(0)
+
+    init(_ size: UInt64) { self.size = size }
+
+    func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError) {}
+    func zero(_ range: Range<UInt64>) throws(BlockError) {}
+    func flush() throws(BlockError) {
+        let count = flushes.withLock { (flushes) -> Int in
+            flushes += 1
+            return flushes
+        }
+        if count == 1 { throw BlockError(.inputOutput, "flushing: writes were lost") }
+    }
+}
+
 @Suite struct CopierTests {
+    @Test func `nothing is called durable after a flush that failed`() throws {
+        var options = CopyOptions()
+        options.bytesPerSecondMax = 16 << 20
+        options.checkpointBytes = 1
+        let target = ForgetfulTarget(64 << 20)
+        let copier = try Copier(
+            source: CopySource(try openPattern("pattern:64M?seed=4")), target: target, options: options)
+        var notes = 0
+        try requireError(.inputOutput, "flushing") {
+            _ = try copier.run(checkpoint: { (_) throws(BlockError) in notes += 1 })
+        }
+        #expect(notes == 0 && target.flushes.withLock { $0 } == 1)
+    }
+
     @Test func `random disks are copied whole over old content`() throws {
         try withSeed { generator in
             for _ in 0..<25 {

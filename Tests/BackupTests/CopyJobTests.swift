@@ -72,6 +72,15 @@ private func copy(_ source: String, _ destination: String, _ change: (inout Copy
             #expect(place.map { $0 % (1 << 17) == 0 && $0 >= 4 << 17 } == true, "\(String(describing: error))")
             #expect(access(directory.file("copy.raw"), F_OK) != 0)
             #expect(access(directory.file("copy.raw.partial"), F_OK) == 0)
+            #expect(error?.message.contains("whole copy") == true)
+            // What was found to be wrong gets no name by going on.
+            request.verifies = false
+            request.resumes = true
+            let again = #expect(throws: BlockError.self) {
+                _ = try CopyJob.run(request, reporter: ProgressReporter(.silent, subject: "copy"))
+            }
+            #expect(again?.kind == .denied && again?.message.contains("differs") == true)
+            #expect(access(directory.file("copy.raw"), F_OK) != 0)
         }
     }
 
@@ -111,6 +120,31 @@ private func copy(_ source: String, _ destination: String, _ change: (inout Copy
             #expect(try contentOfFile(path).count == 65536)
             #expect(try namesInDirectory(directory.path) == ["copy.raw"])
             try requireError(.notFound, "resuming") { _ = try copy("pattern:64K", path) { $0.resumes = true } }
+        }
+    }
+
+    @Test(arguments: [false, true])
+    func `a file that is no journal is not replaced by one`(forces: Bool) throws {
+        try withTemporaryDirectory { directory in
+            let path = try directory.makeFile("precious", Array("not a journal".utf8))
+            try requireError(.denied, "beginning the journal") {
+                _ = try copy("pattern:64K", directory.file("copy.raw")) {
+                    $0.journal = path
+                    $0.forces = forces
+                }
+            }
+            #expect(try contentOfFile(path) == Array("not a journal".utf8))
+            #expect(try namesInDirectory(directory.path) == ["precious"])
+        }
+    }
+
+    @Test func `a whole copy takes the place of a marked one, and clears what marked it`() throws {
+        try withTemporaryDirectory { directory in
+            let path = try directory.makeFile("copy.raw", [UInt8](repeating: 0x5A, count: 65536))
+            _ = try directory.makeFile("copy.raw.incomplete", [1])
+            try requireError(.denied, "copying") { _ = try copy("pattern:64K", path) }
+            _ = try copy("pattern:64K", path) { $0.forces = true }
+            #expect(try namesInDirectory(directory.path) == ["copy.raw"])
         }
     }
 

@@ -83,6 +83,10 @@ private final class ChangedDisk {
         #expect(access("\(changed.copy).incomplete", F_OK) == 0)
         let refused = try attempt("diskgate", "copy", changed.peer.uri(), changed.copy, "--changed", "changes")
         #expect(refused.status == 1 && refused.errors.contains("--resume"), "\(refused.errors)")
+        // What changed since would not be all that is missing.
+        let forced = try attempt(
+            "diskgate", "copy", changed.peer.uri(), changed.copy, "--changed", "changes", "--force")
+        #expect(forced.status == 1 && forced.errors.contains("whole copy"), "\(forced.errors)")
         try run("diskgate", "copy", changed.peer.uri(), changed.copy, with: ["--changed", "changes", "--resume"])
         #expect(try changed.isCopied)
         #expect(access("\(changed.copy).incomplete", F_OK) != 0)

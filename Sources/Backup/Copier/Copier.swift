@@ -29,6 +29,8 @@ public struct CopyProgress: Sendable {
     public var clonedBytes: UInt64 = 0
     /// Requests that were sent once more.
     public var retries = 0
+    /// Connections that were made in place of lost ones.
+    public var reconnects = 0
     /// The most workers at once.
     public var workers = 0
     /// Seconds since the copy began.
@@ -132,6 +134,7 @@ public final class Copier: Sendable {
         try startWorkers()
         var last = (seconds: start, bytes: UInt64(0))
         var failure: BlockError?
+        var hasLost = false
         while !crew.wait(seconds: 0.1) && !crew.stop.isCancelled {
             var current = crew.current
             current.seconds = monotonicSeconds() - start
@@ -141,7 +144,7 @@ public final class Copier: Sendable {
                 current.doneBytes - current.resumedBytes - last.bytes >= options.checkpointBytes
                 || monotonicSeconds() - last.seconds >= options.checkpointSeconds
             if isDue {
-                do throws(BlockError) { try makeDurable(checkpoint) } catch { crew.fail(error) }
+                do throws(BlockError) { try makeDurable(&hasLost, checkpoint) } catch { crew.fail(error) }
                 last = (monotonicSeconds(), current.doneBytes - current.resumedBytes)
             }
         }
@@ -157,7 +160,7 @@ public final class Copier: Sendable {
         }
         if let failure {
             // As much as possible is kept for going on later; what went wrong first is what counts.
-            do throws(BlockError) { try makeDurable(checkpoint) } catch { throw failure }
+            do throws(BlockError) { try makeDurable(&hasLost, checkpoint) } catch { throw failure }
             throw failure
         }
         try target.flush()
@@ -167,10 +170,19 @@ public final class Copier: Sendable {
         return result
     }
 
-    private func makeDurable(_ checkpoint: (UInt64) throws(BlockError) -> Void) throws(BlockError) {
-        if target.isSequential { return }
+    /// - Parameter hasLost: set when a flush fails: writes may be lost then, of which the next flush tells nothing, so
+    ///   that nothing may be called durable any more.
+    private func makeDurable(_ hasLost: inout Bool, _ checkpoint: (UInt64) throws(BlockError) -> Void)
+        throws(BlockError)
+    {
+        if target.isSequential || hasLost { return }
         let end = crew.settledEnd
-        try target.flush()
+        do throws(BlockError) {
+            try target.flush()
+        } catch {
+            hasLost = true
+            throw error
+        }
         try checkpoint(end)
     }
 
@@ -185,7 +197,10 @@ public final class Copier: Sendable {
             throw error
         }
         for index in stride(from: 1, to: count, by: 1) {
-            try startThread(name: "copy-\(index)") { Self.helpOut(crew, source) }
+            // Fewer are enough.
+            do throws(BlockError) { try startThread(name: "copy-\(index)") { Self.helpOut(crew, source) } } catch {
+                break
+            }
         }
     }
 

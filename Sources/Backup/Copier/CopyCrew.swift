@@ -295,6 +295,9 @@ final class CopyCrew: @unchecked Sendable {
     /// Counts one more try to read something.
     func countRetry() { locked { progress.retries += 1 } }
 
+    /// Counts a connection that was made in place of a lost one.
+    func countReconnect() { locked { progress.reconnects += 1 } }
+
     /// Ends the copy with an error; the first one counts.
     func fail(_ error: BlockError) {
         locked { setFailure(error) }

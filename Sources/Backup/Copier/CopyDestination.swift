@@ -94,7 +94,11 @@ final class OpenDestination {
     private(set) var journal: CopyJournal?
     private var partial: (aside: String, path: String)?
     private var marker: String?
+    // Left by an earlier copy of what changed, of no use when the file is replaced.
+    private var outdated: String?
+    private var isRejected = false
     private var lock: FileLock?
+    private let isChange: Bool
 
     /// Opens a destination for a source of a size.
     ///
@@ -105,6 +109,7 @@ final class OpenDestination {
     init(
         _ destination: CopyDestination, size: UInt64, source: String, scope: String, _ rules: DestinationRules
     ) throws(BlockError) {
+        isChange = rules.isChange
         if rules.format == .qcow2 {
             let image = try Self.makeImage(destination, size: size, rules)
             (target, device, partial) = (image, nil, (image.writer.path, image.name))
@@ -119,14 +124,20 @@ final class OpenDestination {
         case .file(let path):
             let parts = try Self.openFile(path, size: size, rules)
             let disk = try RawFileDevice(parts.file, name: parts.path, Self.writable())
-            (target, device, lock) = (DeviceTarget(disk, readsAsZeros: !rules.isChange), disk, parts.lock)
+            (target, device, lock) = (
+                DeviceTarget(disk, readsAsZeros: !rules.isChange && !rules.resumes), disk, parts.lock
+            )
             let status = try parts.file.status()
             let identity = CopyIdentity(
                 source: source, scope: scope, target: "file \(status.st_dev):\(status.st_ino), \(size) bytes")
-            if rules.isChange { marker = "\(path).incomplete" } else { partial = (parts.path, path) }
+            marker = "\(path).incomplete"
+            let changeJournal = "\(path).changed.journal"
+            if !rules.isChange { (partial, outdated) = ((parts.path, path), changeJournal) }
             do throws(BlockError) {
-                try openJournal(rules.journal ?? "\(path).journal", identity, rules)
-                if rules.isChange { try mark(path) }
+                if rules.isChange && rules.resumes { try checkMarker(identity) }
+                let beside = rules.isChange ? changeJournal : "\(path).journal"
+                try openJournal(rules.journal ?? beside, identity, rules)
+                if rules.isChange { try mark(identity) }
             } catch {
                 // A new file without a journal is of no use to anybody.
                 if !rules.isChange && !rules.resumes { unlink(parts.path) }
@@ -163,11 +174,18 @@ final class OpenDestination {
     {
         let doing = "copying to \(path)"
         let isMarked = exists(path + ".incomplete")
-        if isMarked && !rules.forces && !(rules.resumes && rules.isChange) {
+        if isMarked && rules.isChange && !rules.resumes {
+            // What the earlier one has not copied is not in what changed since.
             throw BlockError(
                 .denied,
-                "\(doing): \(path).incomplete says that an earlier copy onto it was interrupted; --resume continues "
-                    + "that, --force begins anew")
+                "\(doing): \(path).incomplete says that an earlier copy onto it was interrupted; --resume with the "
+                    + "same --changed continues that; to begin anew, make a whole copy with --force, without --changed")
+        }
+        if isMarked && !rules.forces && !rules.resumes {
+            throw BlockError(
+                .denied,
+                "\(doing): \(path).incomplete says that an earlier copy onto it was interrupted; --force makes a whole "
+                    + "copy anew")
         }
         if rules.isChange {
             if !exists(path) {
@@ -226,7 +244,7 @@ final class OpenDestination {
 
     private static func openExisting(_ path: String, size: UInt64, _ doing: String) throws(BlockError) -> OpenedFile {
         let file = try Descriptor.open(path, O_RDWR)
-        let lock = try lock(path, doing)
+        let lock = try lock(path, doing, sameAs: file)
         let found = UInt64(clamping: try file.status().st_size)
         if found != size {
             throw BlockError(
@@ -236,10 +254,15 @@ final class OpenDestination {
     }
 
     /// Keeps others from the file, by a descriptor of its own: the lock goes with it, not with whoever still reads.
-    private static func lock(_ path: String, _ doing: String) throws(BlockError) -> FileLock {
-        guard let lock = try FileLock.take(path) else {
-            throw BlockError(.denied, "\(doing): another copy is writing \(path)")
-        }
+    private static func lock(_ path: String, _ doing: String, sameAs file: Descriptor) throws(BlockError) -> FileLock {
+        let busy = BlockError(.denied, "\(doing): another copy is writing \(path)")
+        guard let lock = try FileLock.take(try Descriptor.open(path, O_RDWR), path: path) else { throw busy }
+        // The name may have gone to another file before it was locked.
+        let (opened, locked) = (try file.status(), try lock.descriptor.status())
+        var named = stat()
+        guard stat(path, &named) == 0, [opened.st_ino, named.st_ino].allSatisfy({ $0 == locked.st_ino }),
+            [opened.st_dev, named.st_dev].allSatisfy({ $0 == locked.st_dev })
+        else { throw busy }
         return lock
     }
 
@@ -249,11 +272,11 @@ final class OpenDestination {
         }
         if exists(aside) {
             // Whoever is still writing it would find its file gone.
-            _ = try lock(aside, doing)
-            unlink(aside)
+            let before = try lock(aside, doing, sameAs: try Descriptor.open(aside, O_RDWR))
+            withExtendedLifetime(before) { _ = unlink(aside) }
         }
         let file = try Descriptor.open(aside, O_RDWR | O_CREAT | O_EXCL)
-        let lock = try lock(aside, doing)
+        let lock = try lock(aside, doing, sameAs: file)
         if ftruncate(file.number, length) < 0 {
             let number = errno
             unlink(aside)
@@ -271,10 +294,28 @@ final class OpenDestination {
         Step.reached("copy.journal-begun")
     }
 
-    private func mark(_ path: String) throws(BlockError) {
+    /// What the marker of a copy says.
+    private static func markerText(_ identity: CopyIdentity) -> [UInt8] {
+        let text =
+            "A copy onto this file has begun and is not complete. Do not use the file; see diskgate copy --resume."
+        let facts = identity.lines.map { "\($0.key) \($0.value)\n" }.joined()
+        return Array("\(text)\n\(facts)".utf8)
+    }
+
+    /// Refuses to go on with another copy than the one that was interrupted.
+    private func checkMarker(_ identity: CopyIdentity) throws(BlockError) {
+        guard let marker else { return }
+        if try readSmallFile(marker, limit: 1 << 20) != Self.markerText(identity) {
+            throw BlockError(
+                .denied,
+                "resuming the copy to \(target.name): \(marker) names another copy as the one that was interrupted; "
+                    + "only that can go on; else make a whole copy with --force, without --changed")
+        }
+    }
+
+    private func mark(_ identity: CopyIdentity) throws(BlockError) {
         guard let marker, !Self.exists(marker) else { return }
-        let text = "A copy onto this file has begun and is not complete. Do not use the file; see diskgate copy "
-        try writeDurably(marker, Array("\(text)--resume.\n".utf8))
+        try writeDurably(marker, Self.markerText(identity))
         Step.reached("copy.marked")
     }
 
@@ -295,6 +336,12 @@ final class OpenDestination {
                     .invalid, "\(doing): only a copy with --journal FILE can be resumed; name the same file again")
             }
             return
+        }
+        if Self.exists(path) && !rules.resumes && rules.isChange {
+            throw BlockError(
+                .denied,
+                "\(doing): the journal \(path) says that an earlier copy was interrupted; --resume with the same "
+                    + "--changed continues that; to begin anew, make a whole copy with --force, without --changed")
         }
         if Self.exists(path) && !rules.resumes && !rules.forces {
             throw BlockError(
@@ -334,9 +381,17 @@ final class OpenDestination {
         }
         try journal?.remove()
         Step.reached("copy.journal-removed")
-        guard let marker else { return }
+        if let outdated, Self.exists(outdated) { unlink(outdated) }
+        guard let marker, Self.exists(marker) else { return }
         if unlink(marker) < 0 && errno != ENOENT { throw BlockError(errno: errno, "removing \(marker)") }
         try syncDirectory(directoryName(marker))
+    }
+
+    /// Keeps anybody from going on with what was found to be wrong.
+    func reject() {
+        guard let journal else { return }
+        isRejected = true
+        do throws(BlockError) { try journal.reject() } catch { unlink(journal.path) }
     }
 
     /// What the copy is called when it is complete.
@@ -345,7 +400,13 @@ final class OpenDestination {
     /// What to do after a failure; nil where nothing is kept.
     var advice: String? {
         guard journal != nil else { return nil }
+        if isRejected {
+            let kept = partial.map { "what was copied is kept in \($0.aside)" } ?? "what was written stays"
+            return "\(kept) and is of no use; make a whole copy with --force"
+        }
         let kept = partial.map { "what is copied so far is kept in \($0.aside)" } ?? "the copy is incomplete"
-        return "\(kept); the same command with --resume goes on, with --force it begins anew"
+        // Where only what changed is copied, nothing but the whole would do instead.
+        let instead = isChange ? "a whole copy with --force begins anew" : "with --force it begins anew"
+        return "\(kept); the same command with --resume goes on, \(instead)"
     }
 }

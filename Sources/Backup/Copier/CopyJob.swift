@@ -52,6 +52,8 @@ public struct CopyReport: Sendable, Encodable {
     /// Bytes compared; nil where nothing was.
     public var bytesVerified: UInt64?
     public var retries: Int
+    /// Connections that were made in place of lost ones; only `bytesVerified` tells that the same disk has answered.
+    public var reconnects: Int
     public var workers: Int
     public var seconds: Double
 }
@@ -82,7 +84,7 @@ public enum CopyJob {
             request.destination, size: device.info.size, source: source.identity, scope: scope, rules)
         defer { reporter.finish() }
         do throws(BlockError) {
-            if request.resumes && request.changed == nil { try checkSamples(of: destination, against: device) }
+            if request.resumes { try CopySamples.check(destination, against: source, changed: request.changed) }
             var options = request.options
             options.finished = destination.finished
             let copier = try Copier(
@@ -99,7 +101,8 @@ public enum CopyJob {
                 scope: request.changed ?? "full", size: device.info.size, bytesRead: result.readBytes,
                 bytesWritten: result.writtenBytes, bytesZeroed: result.zeroedBytes, bytesSkipped: result.skippedBytes,
                 bytesCloned: result.clonedBytes, bytesResumed: result.resumedBytes, bytesVerified: compared,
-                retries: result.retries, workers: result.workers, seconds: result.seconds)
+                retries: result.retries, reconnects: result.reconnects, workers: result.workers, seconds: result.seconds
+            )
         } catch {
             destination.abandon()
             guard let advice = destination.advice else { throw error }
@@ -126,39 +129,11 @@ public enum CopyJob {
         _ = try copier.run(progress: { reporter.update($0) })
         let result = target.result
         guard let first = result.firstDifference else { return result.bytes }
+        destination.reject()
         throw BlockError(
             .corrupt,
             "verifying \(copy.info.name): it differs from \(source.device.info.name) in \(result.differences) pieces "
                 + "of 64 KiB, first at offset \(first); the source may be changing, or the storage of one of them is "
                 + "defective")
-    }
-
-    /// Compares some pieces of what an earlier copy has done: another snapshot under the same name shows there.
-    private static func checkSamples(of destination: OpenDestination, against source: any BlockDevice)
-        throws(BlockError)
-    {
-        guard let copy = destination.device, let done = destination.finished.ranges.first else { return }
-        let piece: UInt64 = 65536
-        let count: UInt64 = 16
-        let left = Buffer(count: Int(piece))
-        let right = Buffer(count: Int(piece))
-        for index in 0..<count {
-            // The last ones, and some all over it.
-            let last = done.upperBound - min(done.upperBound, piece)
-            let start = index == 0 ? last : last / count * index / piece * piece
-            let length = Int(min(piece, done.upperBound - start))
-            if length == 0 { return }
-            let one = UnsafeMutableRawBufferPointer(rebasing: left.bytes[..<length])
-            let other = UnsafeMutableRawBufferPointer(rebasing: right.bytes[..<length])
-            try copy.read(into: one, at: start)
-            try source.read(into: other, at: start)
-            guard let a = one.baseAddress, let b = other.baseAddress, memcmp(a, b, length) == 0 else {
-                throw BlockError(
-                    .denied,
-                    "resuming the copy to \(copy.info.name): what was copied at \(start) is not what "
-                        + "\(source.info.name) has there now: it is another snapshot, or it is being changed; use "
-                        + "--force to begin anew")
-            }
-        }
     }
 }

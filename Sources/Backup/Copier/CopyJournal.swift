@@ -13,8 +13,8 @@ struct CopyIdentity: Equatable {
     /// The target: which file, node or export, and its size.
     var target: String
 
-    /// The journal's lines about it.
-    fileprivate var lines: [(key: String, value: String)] {
+    /// Its lines in a journal or a marker.
+    var lines: [(key: String, value: String)] {
         [("source", source), ("scope", scope), ("target", target)].map { (key, value) in
             (key, value.split(separator: "\n").joined(separator: " "))
         }
@@ -33,6 +33,8 @@ struct CopyIdentity: Equatable {
 /// line that a crash has cut off says nothing.
 final class CopyJournal {
     private static let title = "diskgate copy journal 1"
+    /// The line that says that the copy was found wrong.
+    private static let rejection = "differs"
     /// More is no journal.
     private static let bytesMax = 64 << 20
 
@@ -55,14 +57,31 @@ final class CopyJournal {
         return bytes + Array(" \(String(repeating: "0", count: 16 - digits.count))\(digits)\n".utf8)
     }
 
-    /// Begins a journal, durably.
+    /// Begins a journal, durably, in place of another one.
     ///
-    /// - Throws: `BlockError` of the system's reason.
+    /// - Throws: `.denied` when there is a file that is no journal, or `BlockError` of the system's reason.
     static func begin(_ path: String, _ identity: CopyIdentity) throws(BlockError) -> CopyJournal {
+        try requireJournal(path)
         var content = line(title)
         for (key, value) in identity.lines { content += line("\(key) \(value)") }
         try writeDurably(path, content)
         return CopyJournal(path, try Descriptor.open(path, O_WRONLY), end: UInt64(content.count), settled: 0)
+    }
+
+    /// Whatever else is at the journal's path is not replaced.
+    private static func requireJournal(_ path: String) throws(BlockError) {
+        var status = stat()
+        guard stat(path, &status) == 0 else { return }
+        if status.st_mode & S_IFMT == S_IFREG {
+            let file = try Descriptor.open(path, O_RDONLY)
+            let wanted = Array(title.utf8)
+            var found = [UInt8](repeating: 0, count: wanted.count)
+            if pread(file.number, &found, found.count, 0) == found.count && found == wanted { return }
+        }
+        throw BlockError(
+            .denied,
+            "beginning the journal \(path): what is there is no journal of a copy, and is not replaced; remove it, or "
+                + "name another file with --journal")
     }
 
     /// Opens a journal that an earlier copy has left.
@@ -100,6 +119,12 @@ final class CopyJournal {
         }
         var finished = FinishedRanges()
         for line in lines.dropFirst(keys.count + 1) {
+            if line == rejection {
+                throw BlockError(
+                    .denied,
+                    "\(doing): verifying has found that what was copied differs from the source; make a whole copy "
+                        + "anew with --force")
+            }
             let words = line.split(separator: " ")
             guard words.count == 3, words[0] == "done", let from = UInt64(words[1]), let to = UInt64(words[2]),
                 from <= to
@@ -135,14 +160,26 @@ final class CopyJournal {
     /// - Throws: `BlockError` of the system's reason.
     func note(settledEnd: UInt64) throws(BlockError) {
         if settledEnd <= settled { return }
-        let bytes = Self.line("done \(settled) \(settledEnd)")
+        try append("done \(settled) \(settledEnd)")
+        settled = settledEnd
+        Step.reached("copy.journal-noted")
+    }
+
+    /// Notes, durably, that what was copied is wrong, so that nobody goes on with it. The journal stays, as it may be
+    /// all that says that the target is no copy.
+    ///
+    /// - Throws: `BlockError` of the system's reason.
+    func reject() throws(BlockError) {
+        try append(Self.rejection)
+    }
+
+    private func append(_ text: String) throws(BlockError) {
+        let bytes = Self.line(text)
         let written = bytes.withUnsafeBytes { pwrite(file.number, $0.baseAddress, $0.count, off_t(end)) }
         guard written == bytes.count, fdatasync(file.number) == 0 else {
             throw BlockError(errno: written < 0 ? errno : ENOSPC, "writing the journal \(path)")
         }
         end += UInt64(bytes.count)
-        settled = settledEnd
-        Step.reached("copy.journal-noted")
     }
 
     /// Removes the journal, durably: the copy is complete.

@@ -43,6 +43,7 @@ final class PipelinedReader {
     private var rest: (segment: CopySegment, start: UInt64)?
     private var isExhausted = false
     private var progressed = false
+    private var connections = 0
     private var failure: BlockError?
 
     init(_ crew: CopyCrew, _ device: NBDDevice) {
@@ -76,19 +77,21 @@ final class PipelinedReader {
         let hook = crew.stop.whenCancelled { channel.close() }
         defer { crew.stop.forget(hook) }
         progressed = false
+        connections += 1
+        if connections > 1 { crew.countReconnect() }
         var loss: ChannelError?
         while true {
             // Several at once: they leave in one call, and arrive in few.
             if loss == nil && failure == nil && flying <= Self.depth / 2 && !crew.stop.isCancelled {
-                do throws(ChannelError) { try submit(to: channel) } catch { loss = error }
+                do throws(ChannelError) { try submit(to: channel) } catch { lose(error, &loss) }
             }
             if flying == 0 {
+                if failure != nil || crew.stop.isCancelled { return true }
                 if let loss {
                     crew.countRetry()
                     if progressed && crew.options.retries > 0 { return false }
                     throw loss
                 }
-                if failure != nil || crew.stop.isCancelled { return true }
                 if isExhausted && slots.allSatisfy({ $0.state == .free }) { return true }
                 continue
             }
@@ -113,8 +116,7 @@ final class PipelinedReader {
         }
         slots[index].state = .wanted
         guard case .refused(let reason) = error else {
-            loss = loss ?? error
-            return
+            return lose(error, &loss)
         }
         slots[index].attempts += 1
         let attempts = slots[index].attempts
@@ -123,6 +125,15 @@ final class PipelinedReader {
         }
         crew.countRetry()
         if !crew.stop.isCancelled { usleep(UInt32(50_000 << min(attempts, 5))) }
+    }
+
+    /// The connection is of no more use. Another one is, unless the server has done what no server does or the request
+    /// cannot be.
+    private func lose(_ error: ChannelError, _ loss: inout ChannelError?) {
+        switch error {
+        case .broken, .late: loss = loss ?? error
+        case .refused(let reason), .violated(let reason): end(reason)
+        }
     }
 
     /// Ends the copy. What is in flight is not waited for: the connection closes.
