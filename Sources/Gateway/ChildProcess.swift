@@ -1,6 +1,7 @@
 // The command of `serve --run`: started through the shell, waited for, ended with the server.
 public import Block
 public import Glibc
+import LinuxIO
 
 /// A child process.
 public enum ChildProcess {
@@ -9,21 +10,12 @@ public enum ChildProcess {
     /// - Returns: the child's process id.
     /// - Throws: `BlockError` of the system's reason.
     public static func startShell(_ command: String) throws(BlockError) -> pid_t {
-        var attributes = posix_spawnattr_t()
-        posix_spawnattr_init(&attributes)
-        defer { posix_spawnattr_destroy(&attributes) }
-        var none = sigset_t()
-        sigemptyset(&none)
-        posix_spawnattr_setsigmask(&attributes, &none)
-        var defaults = sigset_t()
-        sigemptyset(&defaults)
-        sigaddset(&defaults, SIGPIPE)
-        posix_spawnattr_setsigdefault(&attributes, &defaults)
-        posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF))
         var pid = pid_t()
         var arguments: [UnsafeMutablePointer<CChar>?] = [strdup("/bin/sh"), strdup("-c"), strdup(command), nil]
         defer { for argument in arguments { free(argument) } }
-        let result = posix_spawn(&pid, "/bin/sh", nil, &attributes, &arguments, environ)
+        let result = ChildProgram.withAttributes(hasOwnGroup: false) { attributes in
+            posix_spawn(&pid, "/bin/sh", nil, &attributes, &arguments, environ)
+        }
         if result != 0 { throw BlockError(errno: result, "starting the command \(command)") }
         return pid
     }

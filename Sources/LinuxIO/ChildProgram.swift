@@ -12,9 +12,11 @@ public enum ChildProgram {
     ///   - output: its standard output; nil for none.
     ///   - errors: its standard error; nil for ours.
     ///   - environment: NAME=VALUE, besides ours.
+    ///   - hint: what an error says behind the program's name.
     /// - Throws: `BlockError` of the system's reason.
     public static func start(
-        _ words: [String], input: Int32?, output: Int32?, errors: Int32?, environment: [String] = []
+        _ words: [String], input: Int32?, output: Int32?, errors: Int32?, environment: [String] = [],
+        hint: String = ""
     ) throws(BlockError) -> pid_t {
         var actions = posix_spawn_file_actions_t()
         posix_spawn_file_actions_init(&actions)
@@ -30,17 +32,6 @@ public enum ChildProgram {
             posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0)
         }
         if let errors { posix_spawn_file_actions_adddup2(&actions, errors, STDERR_FILENO) }
-        var attributes = posix_spawnattr_t()
-        posix_spawnattr_init(&attributes)
-        defer { posix_spawnattr_destroy(&attributes) }
-        var signals = sigset_t()
-        sigemptyset(&signals)
-        posix_spawnattr_setsigmask(&attributes, &signals)
-        sigaddset(&signals, SIGPIPE)
-        posix_spawnattr_setsigdefault(&attributes, &signals)
-        posix_spawnattr_setpgroup(&attributes, 0)
-        posix_spawnattr_setflags(
-            &attributes, Int16(POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETPGROUP))
         var arguments: [UnsafeMutablePointer<CChar>?] = words.map { strdup($0) } + [nil]
         defer { for argument in arguments { free(argument) } }
         var process = pid_t()
@@ -53,9 +44,30 @@ public enum ChildProgram {
             variable += 1
         }
         variables.append(nil)
-        let result = posix_spawnp(&process, words.first ?? "", &actions, &attributes, &arguments, &variables)
-        if result != 0 { throw BlockError(errno: result, "starting \(words.first ?? "")") }
+        let result = withAttributes(hasOwnGroup: true) { attributes in
+            posix_spawnp(&process, words.first ?? "", &actions, &attributes, &arguments, &variables)
+        }
+        if result != 0 { throw BlockError(errno: result, "starting \(words.first ?? "")\(hint)") }
         return process
+    }
+
+    /// What posix_spawn(3) is told so that a program has all signals as they are by default.
+    ///
+    /// - Parameter hasOwnGroup: whether it leads a process group of its own, so that it is ended with all that it
+    ///   started, and no signal for us reaches it.
+    public static func withAttributes(hasOwnGroup: Bool, _ spawn: (inout posix_spawnattr_t) -> Int32) -> Int32 {
+        var attributes = posix_spawnattr_t()
+        posix_spawnattr_init(&attributes)
+        defer { posix_spawnattr_destroy(&attributes) }
+        var signals = sigset_t()
+        sigemptyset(&signals)
+        posix_spawnattr_setsigmask(&attributes, &signals)
+        sigaddset(&signals, SIGPIPE)
+        posix_spawnattr_setsigdefault(&attributes, &signals)
+        posix_spawnattr_setpgroup(&attributes, 0)
+        let group = hasOwnGroup ? POSIX_SPAWN_SETPGROUP : 0
+        posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | group))
+        return spawn(&attributes)
     }
 
     /// A standard input that has some bytes and then ends.

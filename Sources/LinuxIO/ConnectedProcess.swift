@@ -15,29 +15,9 @@ enum ConnectedProcess {
             throw BlockError(errno: errno, "making a socket for \(program)")
         }
         let (ours, theirs) = (Descriptor(owning: pair[0]), Descriptor(owning: pair[1]))
-        var actions = posix_spawn_file_actions_t()
-        posix_spawn_file_actions_init(&actions)
-        defer { posix_spawn_file_actions_destroy(&actions) }
-        posix_spawn_file_actions_adddup2(&actions, theirs.number, STDIN_FILENO)
-        posix_spawn_file_actions_adddup2(&actions, theirs.number, STDOUT_FILENO)
-        var attributes = posix_spawnattr_t()
-        posix_spawnattr_init(&attributes)
-        defer { posix_spawnattr_destroy(&attributes) }
-        var signals = sigset_t()
-        sigemptyset(&signals)
-        posix_spawnattr_setsigmask(&attributes, &signals)
-        sigaddset(&signals, SIGPIPE)
-        posix_spawnattr_setsigdefault(&attributes, &signals)
-        posix_spawnattr_setflags(
-            &attributes, Int16(POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETPGROUP))
-        // A group of its own, so that it is ended with all that it started, and no signal for us reaches it.
-        posix_spawnattr_setpgroup(&attributes, 0)
-        var words: [UnsafeMutablePointer<CChar>?] = ([program] + arguments).map { strdup($0) } + [nil]
-        defer { for word in words { free(word) } }
-        var process = pid_t()
-        let result = posix_spawnp(&process, program, &actions, &attributes, &words, environ)
-        if result != 0 { throw BlockError(errno: result, "starting \(program)\(hint)") }
-        let child = process
+        // In a group of its own, so that it is ended with all that it started.
+        let child = try ChildProgram.start(
+            [program] + arguments, input: theirs.number, output: theirs.number, errors: nil, hint: hint)
         running.withLock { $0[ours.number] = child }
         // Somebody has to end it, and to take its exit status.
         do throws(BlockError) {

@@ -16,6 +16,13 @@ private final class Recorder: ChangeRecorder {
     func isRecorded(_ range: Range<UInt64>) -> Bool { bits.isAllSet(range) }
 }
 
+/// Remembers the ranges that it is told of.
+private final class Listener: ChangeRecorder {
+    let ranges = Locked<[Range<UInt64>]>([])
+    func record(_ range: Range<UInt64>) { ranges.withLock { $0.append(range) } }
+    func isRecorded(_ range: Range<UInt64>) -> Bool { false }
+}
+
 private func memory(_ content: [UInt8]) throws -> RawFileDevice {
     let device = try NamelessFile.memory(size: UInt64(content.count))
     try content.withUnsafeBytes { try device.write($0, at: 0, durable: false) }
@@ -120,6 +127,17 @@ private final class RestlessDevice: BlockDevice {
         device.release(one)
         try requireError(.shutdown, "reading a released snapshot") { _ = try all(one) }
         try requireEqual(try all(two), between, "the second, without the first")
+    }
+
+    @Test func `a change in pieces is noted as a whole first`() throws {
+        let device = TrackedDevice(try NamelessFile.memory(size: 12 << 20))
+        let listener = Listener()
+        _ = try device.makeSnapshot(
+            scratch: NamelessFile.memory(size: 12 << 20), bitmaps: [], recorder: listener,
+            mayGrow: { () throws(BlockError) in }, onFailure: { _ in })
+        try device.zero(4096..<(12 << 20), .mayPunch)
+        let ranges = listener.ranges.withLock { $0 }
+        #expect(ranges.first == 4096..<(12 << 20) && ranges.count == 4)
     }
 
     @Test func `a full scratch breaks the snapshot, not the writer`() throws {
