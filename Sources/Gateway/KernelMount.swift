@@ -221,7 +221,8 @@ public struct KernelMount: Codable, Sendable {
     private mutating func mountNode(_ found: FileSystemType, isReadOnly: Bool) throws(BlockError) {
         guard let node else { return }
         type = found.name
-        let options = found.options(isReadOnly: isReadOnly)
+        // What is in a backup is not to be trusted: it may hold set-user-ID programs and device nodes.
+        let options = found.options(isReadOnly: isReadOnly) + ",nosuid,nodev"
         let result = try ChildProgram.run(["mount", "-t", found.name, "-o", options, node, directory], seconds: 120)
         if result.status != 0 {
             throw BlockError(

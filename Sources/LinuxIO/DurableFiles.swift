@@ -57,6 +57,7 @@ public func writeDurably(
 ///
 /// - Throws: `BlockError` of the system's reason.
 public func makeDirectories(_ path: String, mode: UInt32 = 0o700) throws(BlockError) {
+    if path.isEmpty { throw BlockError(.invalid, "making a directory: its name is empty") }
     if mkdir(path, mode) == 0 {
         return try syncDirectory(directoryName(path))
     }
@@ -66,7 +67,9 @@ public func makeDirectories(_ path: String, mode: UInt32 = 0o700) throws(BlockEr
     case EEXIST: throw BlockError(.invalid, "making the directory \(path): there is something else of this name")
     case ENOENT where directoryName(path) != path:
         try makeDirectories(directoryName(path), mode: mode)
-        try makeDirectories(path, mode: mode)
+        // Once more, and not again: there are places (/proc) where nothing can be made below what is there.
+        if mkdir(path, mode) < 0 && errno != EEXIST { throw BlockError(errno: errno, "making the directory \(path)") }
+        try syncDirectory(directoryName(path))
     case let number: throw BlockError(errno: number, "making the directory \(path)")
     }
 }

@@ -2,6 +2,7 @@
 import ArgumentParser
 import Backup
 import Block
+import LinuxIO
 
 struct PruneCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
@@ -60,8 +61,15 @@ struct PruneCommand: ParsableCommand {
         )
         var reports: [Report] = []
         let machines = try vm.map { [try repository.machine(named: $0)] } ?? repository.machines()
+        var isIncomplete = false
         for machine in machines {
-            let lock = try repository.lockMachine(machine, wait: wait)
+            let lock: FileLock
+            do throws(BlockError) { lock = try repository.lockMachine(machine, wait: wait) } catch {
+                if vm != nil || error.kind != .denied { throw error }
+                writeError("diskgate: \(error.message)")
+                isIncomplete = true
+                continue
+            }
             let decisions = try repository.prune(machine, keeping: rule, holding: lock, isDryRun: dryRun) { decision in
                 writeError("diskgate: removing \(decision.point.description)")
             }
@@ -75,6 +83,7 @@ struct PruneCommand: ParsableCommand {
             }
         }
         if report.json { try printJSON(reports) }
+        if isIncomplete { throw ExitCode(1) }
     }
 
     private func print(_ decision: PruneDecision) {

@@ -9,7 +9,9 @@ struct RepositoryArguments: ParsableArguments {
     @Option(help: ArgumentHelp("The repository.", valueName: "directory"))
     var repository: String
 
-    func open() throws -> Repository { try Repository.open(at: repository) }
+    func open() throws -> Repository {
+        try Repository.open(at: repository) { writeError("diskgate: warning: \($0)") }
+    }
 }
 
 /// A point as reports have it.

@@ -26,13 +26,13 @@ struct RestoreCommand: ParsableCommand {
     @Flag(help: "Read the destination first and write only what differs.")
     var differential = false
 
-    @Flag(help: "Write damaged chunks as they are instead of refusing (exit status 3).")
+    @Flag(help: "Write damaged chunks as they are, unreadable ones as zeros (exit status 3).")
     var force = false
 
     @Flag(help: "Read the destination again at the end and compare.")
     var verify = false
 
-    @Flag(help: "Replace files that are there.")
+    @Flag(help: "Replace files that are there, and overwrite block devices.")
     var replace = false
 
     @Option(help: ArgumentHelp("Write the machine's configuration documents here.", valueName: "directory"))
@@ -62,8 +62,14 @@ struct RestoreCommand: ParsableCommand {
                 "restoring \(point.description): it has no disk \(other), only \(known.joined(separator: ", "))")
         }
         let chosen = disk.isEmpty ? known : disk
-        let reports = try chosen.map { id in
-            try restore(id, of: point, in: repository, to: try place(of: id, isOnly: chosen.count == 1))
+        try repository.requireOutside(destination)
+        let destinations = try open(chosen, of: point, in: repository)
+        var reports: [Report] = []
+        for (index, id) in chosen.enumerated() {
+            do { reports.append(try restore(id, of: point, in: repository, to: destinations[index])) } catch {
+                for other in destinations[(index + 1)...] { other.abandon(isUntouched: true) }
+                throw error
+            }
         }
         if let documents {
             let names = try repository.restoreDocuments(point, to: documents)
@@ -71,6 +77,29 @@ struct RestoreCommand: ParsableCommand {
         }
         if report.json { try printJSON(reports) }
         if reports.contains(where: { !$0.damagedChunks.isEmpty }) { throw ExitCode(3) }
+    }
+
+    /// Opens all destinations before the first byte is written to one.
+    private func open(_ disks: [String], of point: RestorePoint, in repository: Repository) throws
+        -> [RestoreDestination]
+    {
+        var destinations: [RestoreDestination] = []
+        do {
+            for id in disks {
+                guard let disk = point.manifest.disk(id) else { throw BlockError(.notFound, "restoring disk \(id)") }
+                let place = try place(of: id, isOnly: disks.count == 1)
+                if destinations.contains(where: { $0.name == place }) {
+                    throw BlockError(.invalid, "restoring disk \(id): \(place) is another disk's already")
+                }
+                destinations.append(
+                    try RestoreDestination.open(
+                        place, size: disk.size, isDifferential: differential, mayReplace: replace, outside: repository))
+            }
+        } catch {
+            for destination in destinations { destination.abandon(isUntouched: true) }
+            throw error
+        }
+        return destinations
     }
 
     /// Where a disk goes.
@@ -88,13 +117,11 @@ struct RestoreCommand: ParsableCommand {
         return "\(destination)/\(id.map { $0 == "/" ? "_" : String($0) }.joined()).raw"
     }
 
-    private func restore(_ id: String, of point: RestorePoint, in repository: Repository, to place: String) throws
-        -> Report
-    {
-        guard let disk = point.manifest.disk(id) else { throw BlockError(.notFound, "restoring disk \(id)") }
+    private func restore(
+        _ id: String, of point: RestorePoint, in repository: Repository, to destination: RestoreDestination
+    ) throws -> Report {
+        let place = destination.name
         let start = monotonicSeconds()
-        let destination = try RestoreDestination.open(
-            place, size: disk.size, isDifferential: differential, mayReplace: replace)
         var options = RestoreOptions()
         options.isDifferential = differential
         options.isForced = force
@@ -113,7 +140,9 @@ struct RestoreCommand: ParsableCommand {
             throw error
         }
         for offset in result.damaged {
-            writeError("diskgate: the chunk at offset \(offset) of disk \(id) is damaged and was restored as it is")
+            writeError(
+                "diskgate: the chunk at offset \(offset) of disk \(id) is damaged: it was restored as it is, "
+                    + "or as zeros where it cannot be read")
         }
         let seconds = monotonicSeconds() - start
         if !report.json {

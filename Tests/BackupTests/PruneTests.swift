@@ -134,4 +134,48 @@ import Testing
             }
         }
     }
+
+    /// What is damaged later than the points that go keeps all of them.
+    @Test func nothingIsRemovedWhereALaterPointIsDamaged() throws {
+        let damages: [(ModelMachine, [RestorePoint]) throws -> Void] = [
+            { _, points in unlink(points[1].path) },
+            { model, points in unlink(try model.data(points[3], "vdb")) },
+            { model, points in try writeDurably(try model.data(points[2], "vda"), patternBytes(9999, seed: 1)) },
+            { model, points in
+                try writeDurably("\(model.data(points[2], "vda").dropLast(5))hashes", patternBytes(99, seed: 2))
+            },
+        ]
+        for (index, damage) in damages.enumerated() {
+            try withPoints(4) { model in
+                try damage(model, try model.repository.points(of: model.machine))
+                let before = try allFiles("\(model.repository.path)/vms").filter { !$0.contains("/locks/") }
+                try requireError(.corrupt, "damage \(index)") { _ = try model.prune(keepLast: 1) }
+                let after = try allFiles("\(model.repository.path)/vms").filter { !$0.contains("/locks/") }
+                #expect(after == before, "damage \(index)")
+            }
+        }
+    }
+
+    /// The manifest of the only point that is based on another is missing: its image tells.
+    @Test func aFileThatAnImageIsBackedByStays() throws {
+        try withPoints(2) { model in
+            model.change(2)
+            try model.makePoint(full: true)
+            let points = try model.repository.points(of: model.machine)
+            unlink(points[1].path)
+            try requireError(.corrupt, "a base") { _ = try model.prune(keepLast: 1) }
+            #expect(access(try model.data(points[0], "vda"), F_OK) == 0)
+            #expect(try model.repository.find("1", of: model.machine).sequence == 1)
+        }
+    }
+
+    @Test func oneUnreadableManifestIsNotInTheWayOfOthers() throws {
+        try withPoints(3) { model in
+            let points = try model.repository.points(of: model.machine)
+            try writeDurably(points[1].path, Array("{".utf8))
+            #expect(try model.repository.find("latest", of: model.machine).sequence == 3)
+            #expect(try model.repository.summaries().map(\.sequence) == [1, 3])
+            try requireError(.corrupt, "pruning") { _ = try model.prune(keepLast: 1) }
+        }
+    }
 }

@@ -61,7 +61,8 @@ import Testing
             #expect(back.bytesWritten + back.bytesZeroed + back.bytesUnchanged == 5_000_001)
             // Over noise, longer than the disk.
             let noise = try directory.makeFile("noise", patternBytes(6_000_000, seed: 3))
-            _ = try restore(model, 2, to: noise, options)
+            try requireError(.invalid, "another size") { _ = try restore(model, 2, to: noise, options) }
+            _ = try restore(model, 2, to: noise, options, mayReplace: true)
             #expect(access("\(noise).incomplete", F_OK) < 0)
         }
     }
@@ -71,8 +72,12 @@ import Testing
         try withPoints { directory, model in
             try LoopDevice.with(patternBytes(5_242_880, seed: 9)) { node, file in
                 let point = try model.repository.find("latest", of: model.machine)
+                try requireError(.invalid, "a node") {
+                    _ = try RestoreDestination.open(
+                        node, size: 5_000_001, isDifferential: false, mayReplace: false)
+                }
                 let destination = try RestoreDestination.open(
-                    node, size: 5_000_001, isDifferential: false, mayReplace: false)
+                    node, size: 5_000_001, isDifferential: false, mayReplace: true)
                 #expect(!destination.isBlank)
                 var options = RestoreOptions()
                 options.verifies = true
@@ -87,6 +92,26 @@ import Testing
                     _ = try RestoreDestination.open(node, size: 5_000_001, isDifferential: false, mayReplace: true)
                 }
             }
+        }
+    }
+
+    @Test func placesThatAreSomethingElseAreRefused() throws {
+        try withPoints { directory, model in
+            func open(_ path: String, differential: Bool = false) throws -> RestoreDestination {
+                try RestoreDestination.open(
+                    path, size: 5_000_001, isDifferential: differential, mayReplace: true, outside: model.repository)
+            }
+            let image = try directory.makeFile(
+                "image", [0x51, 0x46, 0x49, 0xFB, 0, 0, 0, 3] + patternBytes(900, seed: 1))
+            try requireError(.invalid, "an image") { _ = try open(image, differential: true) }
+            #expect(try contentOfFile(image).count == 908)
+            try requireError(.invalid, "the repository") { _ = try open("\(model.repository.path)/vms/x.raw") }
+            symlink(image, directory.file("disk.partial"))
+            try requireError(.invalid, "a link") { _ = try open(directory.file("disk")) }
+            #expect(try contentOfFile(image).count == 908)
+            let first = try open(directory.file("other"))
+            try requireError(.denied, "two restores") { _ = try open(directory.file("other")) }
+            first.abandon()
         }
     }
 }

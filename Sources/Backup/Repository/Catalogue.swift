@@ -46,7 +46,7 @@ struct Catalogue {
         do throws(BlockError) { return try indexed(machines) } catch {
             var summaries: [PointSummary] = []
             for machine in machines {
-                for point in try repository.points(of: machine) { summaries.append(try summary(point)) }
+                for point in try repository.readablePoints(of: machine) { summaries.append(try summary(point)) }
             }
             return summaries
         }
@@ -85,7 +85,12 @@ struct Catalogue {
                     all.append(try withMarks(entry.summary, machine))
                     continue
                 }
-                let found = try summary(try repository.point(inManifest: file, of: machine))
+                let point: RestorePoint
+                do throws(BlockError) { point = try repository.point(inManifest: file, of: machine) } catch {
+                    repository.warn("a point of \(machine.name) is left out: \(error.message)")
+                    continue
+                }
+                let found = try summary(point)
                 all.append(found)
                 fresh.append((name, stamp, found))
             }

@@ -62,8 +62,8 @@ struct DiskCheck {
             try device.read(
                 into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<Int(window.count64)]), at: window.lowerBound)
         } catch {
-            findings.append(Finding(offset: window.lowerBound, problem: error.message, link: nil))
-            return findings
+            // Which of the chunks it is, and whose.
+            expected = readSingly(expected, window, buffer, &findings)
         }
         for (offset, hash, link) in expected {
             let start = Int(offset - window.lowerBound)
@@ -77,6 +77,29 @@ struct DiskCheck {
             }
         }
         return findings
+    }
+
+    private typealias Expected = (offset: UInt64, hash: ChunkHash, link: ChainLink?)
+
+    /// Reads chunk by chunk.
+    ///
+    /// - Returns: those that could be read.
+    private func readSingly(
+        _ expected: [Expected], _ window: Range<UInt64>, _ buffer: UnsafeMutableRawBufferPointer,
+        _ findings: inout [Finding]
+    ) -> [Expected] {
+        var readable: [Expected] = []
+        for chunk in expected {
+            let start = Int(chunk.offset - window.lowerBound)
+            let end = Int(min(ChunkHashes.chunkSize, window.upperBound - chunk.offset)) + start
+            do throws(BlockError) {
+                try device.read(into: UnsafeMutableRawBufferPointer(rebasing: buffer[start..<end]), at: chunk.offset)
+                readable.append(chunk)
+            } catch {
+                findings.append(Finding(offset: chunk.offset, problem: error.message, link: chunk.link))
+            }
+        }
+        return readable
     }
 
     /// Chunks that the image has and the sidecar does not.

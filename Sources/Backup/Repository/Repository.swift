@@ -14,8 +14,14 @@ public final class Repository: Sendable {
     /// How data is stored in qcow2 images.
     public let compression: PointCompression
 
-    private init(path: String, _ description: RepositoryDescription) {
+    private let tell: @Sendable (String) -> Void
+    private let told = Locked<Set<String>>([])
+
+    private init(
+        path: String, _ description: RepositoryDescription, warn: @escaping @Sendable (String) -> Void = { _ in }
+    ) {
         self.path = path
+        tell = warn
         driver = description.driver
         compression = description.compression
     }
@@ -59,10 +65,18 @@ public final class Repository: Sendable {
 
     /// Opens a repository.
     ///
+    /// - Parameter warn: gets what cannot be read and is left out of lists, once each, for people.
     /// - Throws: `.notFound` when there is none, `.unsupported` when it needs a newer version of diskgate.
-    public static func open(at path: String) throws(BlockError) -> Repository {
+    public static func open(
+        at path: String, warn: @escaping @Sendable (String) -> Void = { _ in }
+    ) throws(BlockError) -> Repository {
         let description = try RepositoryDescription.read(from: path)
-        return Repository(path: try resolved(path), description)
+        return Repository(path: try resolved(path), description, warn: warn)
+    }
+
+    /// Tells the user something, once.
+    func warn(_ text: String) {
+        if told.withLock({ $0.insert(text).inserted }) { tell(text) }
     }
 
     /// Whether a directory is a repository, of whatever version.
@@ -90,13 +104,16 @@ public final class Repository: Sendable {
 
     // MARK: Machines
 
-    /// The machines that have a directory, by name.
+    /// The machines that have a directory, by name. One whose `machine.json` cannot be read is left out, with a
+    /// warning.
     ///
     /// - Throws: `BlockError` when the repository cannot be read.
     public func machines() throws(BlockError) -> [RepositoryMachine] {
         var machines: [RepositoryMachine] = []
         for directory in try namesIfThere("\(path)/vms") {
-            if let machine = try machine(inDirectory: directory) { machines.append(machine) }
+            do throws(BlockError) {
+                if let machine = try machine(inDirectory: directory) { machines.append(machine) }
+            } catch { warn("a machine is left out: \(error.message)") }
         }
         return machines.sorted { ($0.name, $0.directory) < ($1.name, $1.directory) }
     }
@@ -136,6 +153,17 @@ public final class Repository: Sendable {
         var name: String
     }
 
+    /// Machines that cannot be read: their directories, and why.
+    func unreadableMachines() throws(BlockError) -> [(directory: String, reason: String)] {
+        var found: [(directory: String, reason: String)] = []
+        for directory in try namesIfThere("\(path)/vms") {
+            do throws(BlockError) { _ = try machine(inDirectory: directory) } catch {
+                found.append((directory, error.message))
+            }
+        }
+        return found
+    }
+
     private func machine(inDirectory directory: String) throws(BlockError) -> RepositoryMachine? {
         let file = MachineLayout(path: "\(path)/vms/\(directory)").identity
         if access(file, F_OK) < 0 { return nil }
@@ -153,6 +181,13 @@ public final class Repository: Sendable {
             let machine = RepositoryMachine(id: id, name: name, directory: known.directory)
             try write(machine)
             return machine
+        }
+        // It may be the machine's: a second directory would begin everything anew.
+        let digest = try sha256(Array(id.utf8))
+        for unreadable in try unreadableMachines()
+        where [8, 16, 64].contains(where: { unreadable.directory.hasSuffix("-\(digest.prefix($0))") }) {
+            throw BlockError(
+                .corrupt, "looking for the directory of \(name) (\(unreadable.directory)): \(unreadable.reason)")
         }
         for digits in [8, 16, 64] {
             let directory = try machineDirectory(id: id, name: name, digits: digits)
@@ -189,6 +224,17 @@ public final class Repository: Sendable {
         return points.sorted { $0.sequence < $1.sequence }
     }
 
+    /// The machine's points whose manifests can be read, in the order they were made; the others with a warning.
+    func readablePoints(of machine: RepositoryMachine) throws(BlockError) -> [RestorePoint] {
+        var points: [RestorePoint] = []
+        for name in try manifestNames(of: machine) {
+            do throws(BlockError) {
+                points.append(try point(inManifest: "\(layout(machine).points)/\(name)", of: machine))
+            } catch { warn("a point of \(machine.name) is left out: \(error.message)") }
+        }
+        return points.sorted { $0.sequence < $1.sequence }
+    }
+
     /// Names of the files with manifests, in order.
     func manifestNames(of machine: RepositoryMachine) throws(BlockError) -> [String] {
         try namesIfThere(layout(machine).points).filter { $0.hasSuffix(".json") && Backup.sequence(ofName: $0) != nil }
@@ -205,7 +251,7 @@ public final class Repository: Sendable {
     ///   2026-11-21T04:20, 2026-11-21T04:20:00Z, which means the last point made that is not later.
     /// - Throws: `.notFound`, or `.invalid` when several UUIDs begin so.
     public func find(_ text: String, of machine: RepositoryMachine) throws(BlockError) -> RestorePoint {
-        let points = try points(of: machine)
+        let points = try readablePoints(of: machine)
         let place = "looking for the point \(text) of \(machine.name)"
         guard let latest = points.last else { throw BlockError(.notFound, "\(place): it has no points") }
         if text == "latest" { return latest }

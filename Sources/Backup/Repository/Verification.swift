@@ -52,6 +52,13 @@ struct Verification {
 
     /// Verifies all points, or one with everything it needs.
     mutating func run(only: RestorePoint?) throws(BlockError) {
+        let points = try readPoints()
+        let chosen = only.map { only in points.filter { $0.uuid == only.uuid } } ?? points
+        for point in chosen { try verify(point, among: points, isOnly: only != nil) }
+        if only == nil { try noteLeftovers(points) }
+    }
+
+    private mutating func readPoints() throws(BlockError) -> [RestorePoint] {
         // No file changes its name meanwhile.
         let names = try repository.lockNames(of: machine)
         defer { withExtendedLifetime(names) {} }
@@ -70,9 +77,7 @@ struct Verification {
         for (one, next) in zip(points, points.dropFirst()) where one.sequence == next.sequence {
             add("two points have this number", point: one.sequence, file: next.path)
         }
-        let chosen = only.map { only in points.filter { $0.uuid == only.uuid } } ?? points
-        for point in chosen { try verify(point, among: points, isOnly: only != nil) }
-        if only == nil { try noteLeftovers(points) }
+        return points
     }
 
     private mutating func add(
@@ -100,10 +105,8 @@ struct Verification {
             verifyFile(layout.document(document.content.file), document.content, point)
         }
         for disk in point.manifest.disks {
-            let sidecar = layout.hashes(disk.directory, disk.hashes.file)
-            guard verifyFile(sidecar, disk.hashes, point, disk: disk.id) else { continue }
             do throws(BlockError) {
-                try verifyDisk(disk, of: point, isWhole: isOnly || repository.driver == .reflink)
+                try verifyDisk(disk.id, of: point, isOnly: isOnly)
             } catch { add(error.message, point: point.sequence, disk: disk.id) }
         }
     }
@@ -125,6 +128,10 @@ struct Verification {
             add(
                 "it was made on top of point \(parent.sequence) with the UUID \(parent.uuid), which is now another "
                     + "one, \(other.uuid)", point: point.sequence, file: point.path)
+        } else if !points.contains(where: { $0.manifest.merged.contains { $0.uuid == parent.uuid } }) {
+            report.notes.append(
+                "\(point.description) was made on top of point \(parent.sequence), which is gone: its root cannot be "
+                    + "compared")
         }
     }
 
@@ -145,24 +152,44 @@ struct Verification {
 
     // MARK: Data
 
-    private mutating func verifyDisk(_ disk: PointManifest.Disk, of point: RestorePoint, isWhole: Bool)
-        throws(BlockError)
-    {
-        let links = try repository.chain(of: disk.id, at: point)
-        if repository.driver == .qcow2 { try verifyHeader(links, of: point) }
-        let chain = try HashChain(links)
-        let device = try repository.open(point, disk: disk.id)
-        let check = DiskCheck(device: device, chain: chain, isWhole: isWhole)
+    private mutating func verifyDisk(_ id: String, of point: RestorePoint, isOnly: Bool) throws(BlockError) {
+        guard let (device, links, chain) = try openDisk(id, of: point, isOnly: isOnly) else { return }
+        let check = DiskCheck(device: device, chain: chain, isWhole: isOnly || repository.driver == .reflink)
         let (bytes, findings, count) = try check.run(progress)
         report.bytes += bytes
         for finding in findings {
             add(
-                finding.problem, point: point.sequence, disk: disk.id,
+                finding.problem, point: point.sequence, disk: id,
                 file: finding.link?.data ?? links[0].data, offset: finding.offset)
         }
         if count > findings.count {
-            add("\(count - findings.count) more chunks are wrong", point: point.sequence, disk: disk.id)
+            add("\(count - findings.count) more chunks are wrong", point: point.sequence, disk: id)
         }
+    }
+
+    /// Opens a disk with its hashes, while no file changes its name; afterwards what is open stays what it is.
+    private mutating func openDisk(_ id: String, of point: RestorePoint, isOnly: Bool) throws(BlockError)
+        -> (any BlockDevice, [ChainLink], HashChain)?
+    {
+        let names = try repository.lockNames(of: machine)
+        defer { withExtendedLifetime(names) {} }
+        // It may have been written anew while an earlier point was removed.
+        let point = try repository.point(inManifest: point.path, of: machine)
+        guard let disk = point.manifest.disk(id) else { return nil }
+        guard verifyFile(layout.hashes(disk.directory, disk.hashes.file), disk.hashes, point, disk: id) else {
+            return nil
+        }
+        let links = try repository.chain(of: id, at: point)
+        if isOnly {
+            // Of all points together each is looked at for itself.
+            for link in links.dropFirst() {
+                let below = RestorePoint(manifest: link.manifest, machine: machine, path: "")
+                for damage in try link.manifest.damages() { add(damage, point: below.sequence, disk: id) }
+                guard verifyFile(link.hashes, link.disk.hashes, below, disk: id) else { return nil }
+            }
+        }
+        if repository.driver == .qcow2 { try verifyHeader(links, of: point) }
+        return (try repository.open(point, disk: id), links, try HashChain(links))
     }
 
     /// Looks whether an image is backed by what the manifest says.
@@ -216,8 +243,16 @@ extension Repository {
         _ machine: RepositoryMachine?, point: RestorePoint? = nil, progress: @escaping (UInt64) -> Void = { _ in }
     ) throws(BlockError) -> VerificationReport {
         var report = VerificationReport()
+        for unreadable in machine == nil ? try unreadableMachines() : [] {
+            report.problems.append(
+                VerificationProblem(machine: unreadable.directory, problem: unreadable.reason))
+        }
         for machine in try chosen(machine) {
-            report.notes += try finishInterruptedRemovals(of: machine)
+            do throws(BlockError) { report.notes += try finishInterruptedRemovals(of: machine) } catch {
+                report.problems.append(
+                    VerificationProblem(
+                        machine: machine.name, problem: "an interrupted removal cannot be finished: \(error.message)"))
+            }
             var verification = Verification(self, machine, progress: progress)
             try verification.run(only: point)
             report.points += verification.report.points

@@ -70,6 +70,8 @@ final class DiskRestore: Sendable {
         var hash: ChunkHash
         var link: ChainLink?
         var isDamaged = false
+        /// Whether nothing can be read there: it gets zeros.
+        var isUnreadable = false
     }
 
     /// - Parameter isBlank: whether the target is new and reads as zeros.
@@ -175,9 +177,19 @@ final class DiskRestore: Sendable {
         if chunks.isEmpty { return }
         // What is to be zeros is read all the same, unless the image has nothing there: it may not be zeros any more.
         var isHole = chunks.allSatisfy { $0.hash == .zero }
-        if isHole { isHole = try source.readsAsHole(piece.window) }
+        if isHole {
+            do throws(BlockError) { isHole = try source.readsAsHole(piece.window) } catch {
+                if !options.isForced { throw error }
+                isHole = false
+            }
+        }
         if !isHole {
-            try source.read(into: piece.source(piece.window), at: piece.window.lowerBound)
+            do throws(BlockError) {
+                try source.read(into: piece.source(piece.window), at: piece.window.lowerBound)
+            } catch {
+                if !options.isForced { throw error }
+                readSingly(&chunks, piece)
+            }
             result.bytesRead += piece.window.count64
             for index in chunks.indices { try check(&chunks[index], piece, &result) }
         }
@@ -194,12 +206,28 @@ final class DiskRestore: Sendable {
         try write(run, isZero: isZero, piece, &result)
     }
 
+    /// Reads chunk by chunk; what cannot be read is zeros.
+    private func readSingly(_ chunks: inout [Chunk], _ piece: borrowing Piece) {
+        for index in chunks.indices {
+            let bytes = piece.source(chunks[index].range)
+            do throws(BlockError) { try source.read(into: bytes, at: chunks[index].range.lowerBound) } catch {
+                bytes.initializeMemory(as: UInt8.self, repeating: 0)
+                chunks[index].isUnreadable = true
+            }
+        }
+    }
+
     private static func isZero(_ chunk: Chunk) -> Bool { chunk.hash == .zero && !chunk.isDamaged }
 
     private func check(_ chunk: inout Chunk, _ piece: borrowing Piece, _ result: inout RestoreResult)
         throws(BlockError)
     {
-        if piece.hasher.hash(of: UnsafeRawBufferPointer(piece.source(chunk.range))) == chunk.hash { return }
+        // Also where zeros are what belongs there: nobody has read them.
+        if !chunk.isUnreadable,
+            piece.hasher.hash(of: UnsafeRawBufferPointer(piece.source(chunk.range))) == chunk.hash
+        {
+            return
+        }
         if !options.isForced {
             let place = chunk.link.map { " (point \($0.manifest.sequence), \($0.data ?? $0.disk.file))" } ?? ""
             throw BlockError(
@@ -269,14 +297,15 @@ extension Repository {
     ) throws(BlockError) -> RestoreResult {
         // The device holds the point's lock.
         let source = try open(point, disk: disk)
-        let chain = try openHashes(point, disk: disk)
+        let chain = try openHashes(point, disk: disk, isForced: options.isForced)
         return try DiskRestore(source: source, chain: chain, target: target, isBlank: isBlank, options).run(progress)
     }
 
     /// The hashes of a disk at a point that is locked.
     ///
+    /// - Parameter isForced: whether a sidecar that is not the one that the manifest names is only warned of.
     /// - Throws: `.corrupt` when a sidecar is not the one that the manifest names.
-    private func openHashes(_ point: RestorePoint, disk: String?) throws(BlockError) -> HashChain {
+    private func openHashes(_ point: RestorePoint, disk: String?, isForced: Bool) throws(BlockError) -> HashChain {
         let names = try lockNames(of: point.machine)
         defer { withExtendedLifetime(names) {} }
         let point = try self.point(inManifest: point.path, of: point.machine)
@@ -286,6 +315,10 @@ extension Repository {
         for link in links {
             let found = try sha256(ofFile: link.hashes)
             if found.digest != link.disk.hashes.sha256 {
+                if isForced {
+                    warn("\(link.hashes) is not the file that the manifest of point \(link.manifest.sequence) names")
+                    continue
+                }
                 throw BlockError(
                     .corrupt,
                     "restoring \(point.description): \(link.hashes) is not the file that the manifest of point "

@@ -1,5 +1,6 @@
 // Where a disk is restored to: a new file under a `.partial` name, an existing disk, a block node, an NBD export.
 public import Block
+import Formats
 import Glibc
 import LinuxIO
 import Transports
@@ -14,8 +15,13 @@ public final class RestoreDestination: Sendable {
     public let isBlank: Bool
     private let partial: String?
     private let marker: String?
+    /// Keeps another restore from the same `.partial` file.
+    private let lock: FileLock?
 
-    private init(name: String, device: any BlockDevice, isBlank: Bool, partial: String?, marker: String?) {
+    private init(
+        name: String, device: any BlockDevice, isBlank: Bool, partial: String?, marker: String?, lock: FileLock? = nil
+    ) {
+        self.lock = lock
         self.name = name
         self.device = device
         self.isBlank = isBlank
@@ -29,11 +35,14 @@ public final class RestoreDestination: Sendable {
     ///   - text: a path of a file or block node, or the URI of an NBD export.
     ///   - size: bytes that will be restored.
     ///   - isDifferential: whether what is there is kept where it is right; a file has to exist then.
-    ///   - mayReplace: whether a file of this name may be replaced.
-    /// - Throws: `.invalid` when a file is there and may not be replaced, `.noSpace` when the destination is too small.
-    public static func open(_ text: String, size: UInt64, isDifferential: Bool, mayReplace: Bool) throws(BlockError)
-        -> RestoreDestination
-    {
+    ///   - mayReplace: whether a file of this name may be replaced, a file of another size be cut or grown for
+    ///     differences, and a block node be overwritten.
+    ///   - repository: where nothing may be restored to.
+    /// - Throws: `.invalid` when something is there and may not be replaced, or is not what differences can be written
+    ///   to; `.denied` when somebody uses it; `.noSpace` when the destination is too small.
+    public static func open(
+        _ text: String, size: UInt64, isDifferential: Bool, mayReplace: Bool, outside repository: Repository? = nil
+    ) throws(BlockError) -> RestoreDestination {
         let reference = try SourceReference(text)
         guard case .path(let path) = reference.kind else {
             guard case .nbd = reference.kind else {
@@ -46,6 +55,7 @@ public final class RestoreDestination: Sendable {
         if !reference.parameters.isEmpty {
             throw BlockError(.invalid, "restoring to \(text): a destination takes no parameters")
         }
+        try repository?.requireOutside(path)
         var status = stat()
         let isThere = stat(path, &status) == 0
         var options = RawOptions()
@@ -53,6 +63,12 @@ public final class RestoreDestination: Sendable {
         if isThere && status.st_mode & S_IFMT == S_IFBLK {
             // Not while it is mounted, or in use in another way.
             options.isExclusive = true
+            if !isDifferential && !mayReplace {
+                throw BlockError(
+                    .invalid,
+                    "restoring to \(text): all that is on the block device would be lost; add --replace to overwrite it, "
+                        + "or --differential to write only what differs")
+            }
             return try existing(text, try BlockNodeDevice.open(path, options), size, marker: nil)
         }
         if isThere && status.st_mode & S_IFMT != S_IFREG {
@@ -60,7 +76,7 @@ public final class RestoreDestination: Sendable {
         }
         if isDifferential {
             if !isThere { throw BlockError(.notFound, "restoring differences to \(text): there is no such file") }
-            return try differential(path, size, options)
+            return try differential(path, size, options, mayResize: mayReplace)
         }
         if isThere && !mayReplace {
             throw BlockError(
@@ -68,7 +84,27 @@ public final class RestoreDestination: Sendable {
                 "restoring to \(text): there is a file of this name; take another name, replace it (--replace), or "
                     + "write only what differs (--differential)")
         }
+        if isThere { try refuseUsed(try Descriptor.open(path, O_RDONLY), path) }
         return try new(path, size, options)
+    }
+
+    /// Refuses a file that QEMU has open: it locks bytes 100 and 200 and those behind them (block/file-posix.c).
+    private static func refuseUsed(_ file: Descriptor, _ path: String) throws(BlockError) {
+        // F_OFD_GETLK of fcntl(2), which the C library shows only to those who ask for all of Linux.
+        let ask: Int32 = 36
+        for start: off_t in [100, 200] {
+            var probe = flock()
+            probe.l_type = Int16(F_WRLCK)
+            probe.l_whence = Int16(SEEK_SET)
+            probe.l_start = start
+            probe.l_len = 10
+            if fcntl(file.number, ask, &probe) < 0 { continue }
+            if probe.l_type != Int16(F_UNLCK) {
+                throw BlockError(
+                    .denied,
+                    "restoring to \(path): a virtual machine or another program (QEMU) uses it; stop that first")
+            }
+        }
     }
 
     private static func existing(_ name: String, _ device: any BlockDevice, _ size: UInt64, marker: String?)
@@ -80,10 +116,19 @@ public final class RestoreDestination: Sendable {
         return RestoreDestination(name: name, device: device, isBlank: false, partial: nil, marker: marker)
     }
 
-    private static func differential(_ path: String, _ size: UInt64, _ options: RawOptions) throws(BlockError)
-        -> RestoreDestination
-    {
+    private static func differential(
+        _ path: String, _ size: UInt64, _ options: RawOptions, mayResize: Bool
+    ) throws(BlockError) -> RestoreDestination {
         let file = try Descriptor.open(path, O_RDWR)
+        let present = UInt64(clamping: try file.status().st_size)
+        if present != size && !mayResize {
+            throw BlockError(
+                .invalid,
+                "restoring differences to \(path): it has \(present) bytes, the disk \(size), so it is another disk; add "
+                    + "--replace if it is to be this one all the same")
+        }
+        try refuseImage(file, path)
+        try refuseUsed(file, path)
         // Until it is whole again, nobody is to take it for what it was, or for what it will be.
         let marker = "\(path).incomplete"
         try writeDurably(marker, Array("a restore to \(path) was not finished: restore again\n".utf8))
@@ -93,19 +138,51 @@ public final class RestoreDestination: Sendable {
         return try existing(path, try RawFileDevice(file, name: path, options), size, marker: marker)
     }
 
+    /// Refuses a file that begins like an image, which would not be one any more: the disk is written as it is.
+    private static func refuseImage(_ file: Descriptor, _ path: String) throws(BlockError) {
+        let name = path.lowercased()
+        if name.hasSuffix(".raw") || name.hasSuffix(".img") { return }
+        let start = Buffer(count: 512)
+        let got = pread(file.number, start.bytes.baseAddress, 512, 0)
+        if got < 0 { throw BlockError(errno: errno, "reading \(path)") }
+        let format = ImageFormat.recognised(by: UnsafeRawBufferPointer(rebasing: start.readable[..<got]))
+        guard let format, format != .luks else { return }
+        throw BlockError(
+            .invalid,
+            "restoring differences to \(path): it begins like a \(format.rawValue) image, and the disk would be written "
+                + "over it as raw bytes; if it is a raw disk, name it .raw or .img")
+    }
+
     private static func new(_ path: String, _ size: UInt64, _ options: RawOptions) throws(BlockError)
         -> RestoreDestination
     {
         let partial = "\(path).partial"
-        let file = try Descriptor.open(partial, O_RDWR | O_CREAT | O_TRUNC)
-        if ftruncate(file.number, off_t(truncatingIfNeeded: size)) < 0 {
+        let (file, lock) = try openPartial(partial)
+        // What an earlier restore has left is zeros again.
+        if ftruncate(file.number, 0) < 0 || ftruncate(file.number, off_t(truncatingIfNeeded: size)) < 0 {
             let reason = errno
             unlink(partial)
             throw BlockError(errno: reason, "sizing \(partial) to \(size) bytes")
         }
         return RestoreDestination(
             name: path, device: try RawFileDevice(file, name: partial, options), isBlank: true, partial: partial,
-            marker: nil)
+            marker: nil, lock: lock)
+    }
+
+    /// Makes the file that gets the name at the end, or takes over what a restore that is over has left of it.
+    private static func openPartial(_ path: String) throws(BlockError) -> (Descriptor, FileLock) {
+        var status = stat()
+        let isThere = lstat(path, &status) == 0
+        if isThere && status.st_mode & S_IFMT != S_IFREG {
+            throw BlockError(.invalid, "restoring: \(path) is in the way, and it is no file; remove it")
+        }
+        let file = try Descriptor.open(path, O_RDWR | O_NOFOLLOW | (isThere ? 0 : O_CREAT | O_EXCL))
+        guard let lock = try FileLock.take(file, path: path), lstat(path, &status) == 0,
+            try file.status().st_ino == status.st_ino, try file.status().st_mode & S_IFMT == S_IFREG
+        else {
+            throw BlockError(.denied, "restoring: another restore is writing \(path); wait for its end")
+        }
+        return (file, lock)
     }
 
     /// Gives the finished disk its name.
@@ -123,7 +200,31 @@ public final class RestoreDestination: Sendable {
     }
 
     /// Removes a file that was not finished. What was there before stays as it is now.
-    public func abandon() {
+    ///
+    /// - Parameter isUntouched: whether nothing was written yet.
+    public func abandon(isUntouched: Bool = false) {
         if let partial { unlink(partial) }
+        if isUntouched, let marker { unlink(marker) }
+    }
+}
+
+extension Repository {
+    /// Refuses places in the repository: what is restored there would be taken for a part of it, or destroy one.
+    ///
+    /// - Throws: `.invalid`.
+    public func requireOutside(_ place: String) throws(BlockError) {
+        var known = place
+        while true {
+            if let real = realpath(known, nil) {
+                defer { free(real) }
+                let text = String(cString: real)
+                if text != path && !text.hasPrefix(path == "/" ? "/" : "\(path)/") { return }
+                throw BlockError(
+                    .invalid, "restoring to \(place): it lies in the repository \(path); take another place")
+            }
+            let above = directoryName(known)
+            if above == known { return }
+            known = above
+        }
     }
 }

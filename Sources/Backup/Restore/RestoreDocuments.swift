@@ -8,6 +8,7 @@ extension Repository {
     /// - Returns: the files' names in the directory.
     /// - Throws: `.corrupt` when a document is not what was backed up, `.invalid` when a file of its name is there.
     public func restoreDocuments(_ point: RestorePoint, to directory: String) throws(BlockError) -> [String] {
+        try requireOutside(directory)
         try makeDirectories(directory)
         var names: [String] = []
         for document in point.manifest.documents {
