@@ -183,7 +183,7 @@ def copy_stretch(diskgate: str, directory: pathlib.Path, planned: str, length: i
     target, socket = directory / "stretch.qcow2", directory / "pattern.sock"
     partial = pathlib.Path(f"{target}.partial")
     server = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", "--", "nbdkit", "-f", "-r", "-U", str(socket),
-                               "pattern", planned], stdin=subprocess.DEVNULL)
+                               "pattern", planned], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 10
         while not socket.exists() and time.monotonic() < deadline:
