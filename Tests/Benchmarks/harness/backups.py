@@ -49,7 +49,15 @@ class Domain:
         self.pid = json.loads(self.run("status"))["pid"]
 
     def stop(self):
-        self.run("stop")
+        stopping = subprocess.Popen([str(LAB), "-w", str(self.directory), "stop"])
+        while stopping.poll() is None:
+            # QEMU is an orphan that this program has adopted: libvirt waits until somebody has reaped it.
+            try:
+                if self.pid:
+                    os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                pass
+            time.sleep(0.05)
 
     def change(self, pieces: int, seed: int):
         """Writes so many pieces at random places; the seed decides where."""
@@ -83,7 +91,7 @@ class Domains:
         if program not in self._domains:
             self.directory.mkdir(exist_ok=True)
             domain = Domain(self.directory / str(len(self._domains)), self._base())
-            self._domains[program] = domain
+            self._domains[program] = domain  # before its start: whatever that leaves behind is stopped
             domain.start()
             if program != FULL_COPY:
                 run_client(self.command(program, domain, full=True))
@@ -183,7 +191,7 @@ def copy_stretch(diskgate: str, directory: pathlib.Path, planned: str, length: i
     target, socket = directory / "stretch.qcow2", directory / "pattern.sock"
     partial = pathlib.Path(f"{target}.partial")
     server = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", "--", "nbdkit", "-f", "-r", "-U", str(socket),
-                               "pattern", planned], stdin=subprocess.DEVNULL)
+                               "pattern", planned], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 10
         while not socket.exists() and time.monotonic() < deadline:
