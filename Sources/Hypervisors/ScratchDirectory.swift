@@ -18,6 +18,13 @@ func checkSpace(in directory: String, reserve: UInt64, doing: String) throws(Blo
     }
 }
 
+/// Refuses a scratch directory that is another one for whoever runs elsewhere: QEMU, or `diskgate doctor`.
+func requireAbsolute(scratch: String?) throws(BlockError) {
+    if let scratch, !scratch.hasPrefix("/") {
+        throw BlockError(.invalid, "keeping scratch files in \(scratch): it is relative: give an absolute path")
+    }
+}
+
 /// Removes a scratch directory and what a snapshot puts there, nothing else.
 func removeScratchDirectory(_ path: String) throws(BlockError) {
     if access(path, F_OK) < 0 && errno == ENOENT { return }

@@ -204,6 +204,9 @@ struct QEMUReleaseTests {
                     try provider.begin(request(disks, checkpoint: "r-1"), ledger: ledger)
                 }
             }
+            var elsewhere = request(["vda"], checkpoint: "r-1")
+            elsewhere.scratchDirectory = "relative"
+            #expect(throws: BlockError.self) { try provider.begin(elsewhere, ledger: ledger) }
             #expect(ledger.obligations.isEmpty)
             #expect(try process.leftovers().isEmpty)
             #expect(try process.bitmaps("vda").isEmpty)

@@ -96,6 +96,11 @@ struct LibvirtRelease {
         case ("libvirt.backup", _?): return try endBackup(details)
         case ("libvirt.checkpoint", let checkpoint?):
             if try isGone() { return }
+            // A backup that is only just beginning makes its checkpoint later.
+            if !adopted, try !place.isIdle() {
+                throw BlockError(
+                    .denied, "removing the checkpoint \(checkpoint) of \(place.name): a job of the domain goes on")
+            }
             return try settleCheckpoint(
                 checkpoint, replaced: OwnName.names(in: details["replaces"]), adopted: adopted)
         case ("libvirt.directory", let path?):

@@ -56,6 +56,7 @@ final class LibvirtSnapshot {
     }
 
     private func make() throws(BlockError) -> LibvirtSession {
+        try requireAbsolute(scratch: request.scratchDirectory ?? place.scratch)
         var parts = try plan()
         if let other = try place.runningBackup() {
             throw BlockError(.denied, "another backup of this domain goes on already (\(other.server))")

@@ -112,6 +112,7 @@ final class QEMUSnapshot {
     /// Finds the disks, and what is known of their changes.
     private func plan(_ monitor: QMPClient) throws(BlockError) -> [Part] {
         let disks = try monitor.disks()
+        try requireAbsolute(scratch: request.scratchDirectory)
         let base = request.scratchDirectory ?? place.scratch ?? "/var/tmp"
         directory = place.isLocal ? "\(base)/diskgate-\(short)" : base
         var parts: [Part] = []
