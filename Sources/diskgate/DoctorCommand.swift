@@ -19,16 +19,60 @@ struct DoctorCommand: ParsableCommand {
     @Option(help: ArgumentHelp("Only runs of this machine.", valueName: "machine"))
     var vm: String?
 
+    @Option(
+        help: ArgumentHelp(
+            "Also removals of points of this repository that were interrupted.", valueName: "directory"))
+    var repository: String?
+
     @OptionGroup var state: StateArguments
     @OptionGroup var report: ReportArguments
 
     func run() throws {
         let doctor = Doctor(stateDirectory: state.directory)
         let (findings, problems) = fix ? try doctor.fix(machine: vm) : try doctor.list(machine: vm)
-        if report.json { try printJSON(findings) } else { show(findings) }
+        let removals = try removals()
+        if report.json {
+            if repository == nil {
+                try printJSON(findings)
+            } else {
+                try printJSON(Report(runs: findings, removals: removals))
+            }
+        } else {
+            show(findings)
+            for line in removals.finished { print(line) }
+            for line in removals.unfinished { print("interrupted: the removal of \(line)") }
+        }
         for problem in problems { writeError("diskgate: \(problem)") }
-        let isLeft = findings.contains { !$0.isGoingOn && (!$0.obligations.isEmpty || !$0.problems.isEmpty) }
-        if isLeft || !problems.isEmpty { throw ExitCode(1) }
+        let isLeft =
+            findings.contains { !$0.isGoingOn && (!$0.obligations.isEmpty || !$0.problems.isEmpty) }
+            || !removals.unfinished.isEmpty || !problems.isEmpty
+        if isLeft { throw ExitCode(1) }
+    }
+
+    private struct Report: Encodable {
+        var runs: [Doctor.Finding]
+        var removals: Removals
+    }
+
+    private struct Removals: Encodable {
+        var finished: [String] = []
+        var unfinished: [String] = []
+    }
+
+    private func removals() throws -> Removals {
+        guard let repository else { return Removals() }
+        let place = try Repository.open(at: repository) { writeError("diskgate: warning: \($0)") }
+        var removals = Removals()
+        let machines = try vm.map { [try place.machine(named: $0)] } ?? place.machines()
+        for machine in machines {
+            if fix {
+                do throws(BlockError) { removals.finished += try place.finishInterruptedRemovals(of: machine) } catch {
+                    writeError("diskgate: \(error.message)")
+                }
+            }
+            removals.unfinished += try place.unfinishedRemovals(of: machine).map(\.description)
+        }
+        return removals
     }
 
     private func show(_ findings: [Doctor.Finding]) {

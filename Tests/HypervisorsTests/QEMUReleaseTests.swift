@@ -85,7 +85,8 @@ struct QEMUReleaseTests {
             _ = try provider.begin(request(["vda"], checkpoint: "r-1"), ledger: begin(process))
             let aside = process.directory.file("aside.sock")
             try require(rename(process.monitor, aside) == 0, "moving the monitor's socket")
-            let obligations = try RunLedger.list(stateDirectory: process.directory.file("state")).runs.flatMap(\.obligations)
+            let obligations = try RunLedger.list(stateDirectory: process.directory.file("state")).runs.flatMap(
+                \.obligations)
             for obligation in obligations {
                 #expect(throws: BlockError.self) { try provider.settle(obligation, adopted: false) }
             }
@@ -102,7 +103,7 @@ struct QEMUReleaseTests {
             try process.quit()
             unlink(process.monitor)
             // Now the process is gone: only what may be in the image has to wait.
-            for obligation in try RunLedger.list(stateDirectory: process.directory.file("state"))
+            for obligation in try RunLedger.list(stateDirectory: process.directory.file("state")).runs
                 .flatMap(\.obligations)
             where obligation.kind != "qemu.checkpoint" {
                 try provider.settle(obligation, adopted: false)

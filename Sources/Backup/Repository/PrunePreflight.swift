@@ -66,7 +66,6 @@ struct PrunePreflight {
                 }
             }
         } catch {
-            if error.kind == .unsupported { throw error.during(place) }
             throw damaged(point, disk, error.message)
         }
     }

@@ -317,10 +317,22 @@ public final class Repository: Sendable {
 
     /// Keeps files from getting other names while a chain is opened or verified.
     ///
+    /// Whoever reads holds it for moments; whoever removes waits for those, and not for ever.
+    ///
     /// - Returns: nil where the repository can only be read.
+    /// - Throws: `.denied` when others hold it for ten minutes.
     func lockNames(of machine: RepositoryMachine, _ kind: FileLock.Kind = .shared) throws(BlockError) -> FileLock? {
         do throws(BlockError) {
-            return try FileLock.take(layout(machine).namesLock, kind, wait: true)
+            let path = layout(machine).namesLock
+            if kind == .shared { return try FileLock.take(path, kind, wait: true) }
+            for attempt in 0..<3000 {
+                if let lock = try FileLock.take(path, kind) { return lock }
+                if attempt == 10 { warn("waiting for those who are opening points of \(machine.name)") }
+                usleep(200_000)
+            }
+            throw BlockError(
+                .denied,
+                "locking the names of \(machine.name) (\(path)): others hold them for ten minutes; try again later")
         } catch {
             if kind == .shared && error.kind == .readOnly { return nil }
             throw error

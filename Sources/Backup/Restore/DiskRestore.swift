@@ -96,6 +96,7 @@ final class DiskRestore: Sendable {
         try pass(total, progress) { (piece, result) throws(BlockError) in try self.restore(piece, &result) }
         try target.flush()
         if options.verifies {
+            dropCache()
             next.store(0, ordering: .relaxed)
             try pass(total, progress) { (piece, result) throws(BlockError) in try self.verify(piece, &result) }
         }
@@ -103,6 +104,16 @@ final class DiskRestore: Sendable {
             state.result.damaged.sort()
             return state.result
         }
+    }
+
+    /// Lets the system forget what it keeps of the target, which is durable, so that reading it again tells what the
+    /// storage has.
+    private func dropCache() {
+        var extents = ExtentList(capacity: 1)
+        guard (try? target.map(0..<source.info.size, .blocking, into: &extents)) != nil, extents.count > 0,
+            case .file(let file, _) = extents[0].place
+        else { return }
+        posix_fadvise(file.descriptor, 0, 0, POSIX_FADV_DONTNEED)
     }
 
     private typealias Work = @Sendable (borrowing Piece, inout RestoreResult) throws(BlockError) -> Void

@@ -66,8 +66,8 @@ public final class RestoreDestination: Sendable {
             if !isDifferential && !mayReplace {
                 throw BlockError(
                     .invalid,
-                    "restoring to \(text): all that is on the block device would be lost; add --replace to overwrite it, "
-                        + "or --differential to write only what differs")
+                    "restoring to \(text): all that is on the block device would be lost; add --replace to overwrite "
+                        + "it, or --differential to write only what differs")
             }
             return try existing(text, try BlockNodeDevice.open(path, options), size, marker: nil)
         }
@@ -102,7 +102,7 @@ public final class RestoreDestination: Sendable {
             if probe.l_type != Int16(F_UNLCK) {
                 throw BlockError(
                     .denied,
-                    "restoring to \(path): a virtual machine or another program (QEMU) uses it; stop that first")
+                    "restoring to \(path): a virtual machine or a program of QEMU uses it; stop that first")
             }
         }
     }
@@ -124,8 +124,8 @@ public final class RestoreDestination: Sendable {
         if present != size && !mayResize {
             throw BlockError(
                 .invalid,
-                "restoring differences to \(path): it has \(present) bytes, the disk \(size), so it is another disk; add "
-                    + "--replace if it is to be this one all the same")
+                "restoring differences to \(path): it has \(present) bytes, the disk \(size), so it is another disk; "
+                    + "add --replace if it is to be this one all the same")
         }
         try refuseImage(file, path)
         try refuseUsed(file, path)
@@ -149,8 +149,8 @@ public final class RestoreDestination: Sendable {
         guard let format, format != .luks else { return }
         throw BlockError(
             .invalid,
-            "restoring differences to \(path): it begins like a \(format.rawValue) image, and the disk would be written "
-                + "over it as raw bytes; if it is a raw disk, name it .raw or .img")
+            "restoring differences to \(path): it begins like a \(format.rawValue) image, and the disk would be "
+                + "written over it as raw bytes; if it is a raw disk, name it .raw or .img")
     }
 
     private static func new(_ path: String, _ size: UInt64, _ options: RawOptions) throws(BlockError)
