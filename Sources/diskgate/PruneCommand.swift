@@ -19,20 +19,7 @@ struct PruneCommand: ParsableCommand {
     @Argument(help: "A machine; default: all.")
     var vm: String?
 
-    @Option(help: ArgumentHelp("Keep so many of the newest points.", valueName: "n"))
-    var keepLast = 0
-
-    @Option(help: ArgumentHelp("Keep the newest point of so many days.", valueName: "n"))
-    var keepDaily = 0
-
-    @Option(help: ArgumentHelp("Keep the newest point of so many weeks.", valueName: "n"))
-    var keepWeekly = 0
-
-    @Option(help: ArgumentHelp("Keep the newest point of so many months.", valueName: "n"))
-    var keepMonthly = 0
-
-    @Option(help: ArgumentHelp("Keep the newest point of so many years.", valueName: "n"))
-    var keepYearly = 0
+    @OptionGroup var keep: RetentionArguments
 
     @Flag(help: "Only tell what would be done.")
     var dryRun = false
@@ -48,17 +35,12 @@ struct PruneCommand: ParsableCommand {
     }
 
     func validate() throws {
-        let counts = [keepLast, keepDaily, keepWeekly, keepMonthly, keepYearly]
-        if counts.contains(where: { $0 < 0 }) { throw ValidationError("Counts are not below 0.") }
-        if counts.allSatisfy({ $0 == 0 }) { throw ValidationError("Say what to keep: --keep-last, --keep-daily, ...") }
+        if keep.rule == nil { throw ValidationError("Say what to keep: --keep-last, --keep-daily, ...") }
     }
 
     func run() throws {
         let repository = try repository.open()
-        var rule = RetentionRule()
-        (rule.last, rule.daily, rule.weekly, rule.monthly, rule.yearly) = (
-            keepLast, keepDaily, keepWeekly, keepMonthly, keepYearly
-        )
+        let rule = keep.rule ?? RetentionRule()
         var reports: [Report] = []
         let machines = try vm.map { [try repository.machine(named: $0)] } ?? repository.machines()
         var isIncomplete = false
