@@ -75,7 +75,7 @@ import Testing
         let seed = try #require(image.manifest.files[path]?.seed)
         let content = Array(
             (vmfsPattern(seed, 0) + [UInt8](repeating: 0, count: 1 << 20) + vmfsPattern(seed, 2))
-                .prefix((2 << 20) + 12345 * 512))
+                .prefix((2 << 20) + 612345))
         try DeviceConformance { ConformanceSubject(try image.volume().open(path), content: content) }.run()
     }
 

@@ -84,7 +84,9 @@ struct VMFSGeometry: Sendable {
     var metadataOffset: Int { Int(alignment) }
     var addressCount: Int { isVMFS6 ? (alignment <= 4096 ? 320 : Int(alignment) >> 4) : 256 }
     var addressSize: Int { isVMFS6 ? 8 : 4 }
-    var addressOffset: Int { descriptorSize - (isVMFS6 && alignment > 4096 ? Int(alignment) >> 1 : addressCount * addressSize) }
+    var addressOffset: Int {
+        descriptorSize - (isVMFS6 && alignment > 4096 ? Int(alignment) >> 1 : addressCount * addressSize)
+    }
     var residentOffset: Int { isVMFS6 ? Int(alignment) + 512 : 1024 }
     var residentSize: Int { descriptorSize - residentOffset }
 

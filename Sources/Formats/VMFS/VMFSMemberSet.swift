@@ -49,7 +49,8 @@ public struct VMFSMemberSet: Sendable {
         if members.contains(where: { $0.deviceCount != count }) {
             problem = BlockError(.corrupt, "opening \(name): its LUNs do not agree on how many they are")
         } else if members.count > count {
-            problem = BlockError(.corrupt, "opening \(name): it has \(count) LUNs, but \(members.count) claim to be one")
+            problem = BlockError(
+                .corrupt, "opening \(name): it has \(count) LUNs, but \(members.count) claim to be one")
         } else if !missing.isEmpty {
             problem = BlockError(
                 .notFound,

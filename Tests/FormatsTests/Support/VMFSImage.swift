@@ -37,7 +37,8 @@ final class VMFSImage: Sendable {
 
     private init(_ version: Int, _ options: [String], in directory: String) throws {
         let out = "\(directory)/vmfs\(version)\(options.joined())"
-        let script = #filePath.split(separator: "/").dropLast(4).reduce("") { "\($0)/\($1)" } + "/Scripts/lab/vmfs-image"
+        let script =
+            #filePath.split(separator: "/").dropLast(4).reduce("") { "\($0)/\($1)" } + "/Scripts/lab/vmfs-image"
         _ = try Support.Tool.output("python3", [script, "\(version)", out] + options)
         manifest = try JSONDecoder().decode(
             Manifest.self, from: Data(contentsOf: URL(fileURLWithPath: out + ".json")))
@@ -120,7 +121,8 @@ func checkFile(_ file: VMFSFile, _ expected: VMFSImage.File, _ luns: [any BlockD
     for block in blocks where block.kind == "data" {
         let count = Int(min(1 << 20, expected.size - block.offset))
         let bytes = try Support.readBytes(file, at: block.offset, count: count)
-        let content = block.isZero ? [UInt8](repeating: 0, count: 1 << 20) : vmfsPattern(seed, UInt32(block.offset >> 20))
+        let content =
+            block.isZero ? [UInt8](repeating: 0, count: 1 << 20) : vmfsPattern(seed, UInt32(block.offset >> 20))
         try requireEqual(bytes, content[..<count], path, at: block.offset)
     }
 }
