@@ -23,7 +23,7 @@ import Testing
         try checkAll(image, image.luns())
     }
 
-    @Test(arguments: [3, 5, 6], [[0, 1, 2], [2, 0, 1], [1, 2, 0]])
+    @Test(arguments: [3, 5, 6], [[2, 0, 1], [1, 2, 0]])
     func everyFileIsReadFromLUNsInAnyOrder(version: Int, order: [Int]) throws {
         let image = try VMFSImage.make(version, "--luns", "3")
         try checkAll(image, image.luns(), order: order)

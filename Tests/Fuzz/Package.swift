@@ -37,6 +37,7 @@ let package = Package(
         fuzzer("Qcow2Fuzz", ["Formats", "LinuxIO"]),
         fuzzer("StartTLSFuzz", ["LinuxIO", "NBD"]),
         fuzzer("TransmissionFuzz", ["LinuxIO", "NBD"]),
+        fuzzer("VMFSFuzz", ["Formats"]),
     ],
     swiftLanguageModes: [.v6]
 )

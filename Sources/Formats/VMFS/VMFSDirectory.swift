@@ -12,7 +12,7 @@ struct VMFSDirectoryEntry: Sendable, Equatable {
 /// Reads the entries of directories.
 struct VMFSDirectory: ~Copyable {
     /// The largest directory that is read; ESXi makes them for some ten thousand entries, which have 288 bytes each.
-    private static let sizeMax: UInt64 = 256 << 20
+    private static let sizeMax: UInt64 = 64 << 20
     /// Bytes in an entry of VMFS 3 and 5, and of VMFS 6.
     private static let entrySize = 140
     private static let entrySize6 = 288
@@ -36,6 +36,9 @@ struct VMFSDirectory: ~Copyable {
         }
         if descriptor.size == 0 { return [] }
         let pieces = try VMFSLayout(descriptor, resources).allPieces()
+        guard pieces.allSatisfy({ $0.kind == .data }) else {
+            throw BlockError(.corrupt, "reading \(name): parts of it were never written")
+        }
         let geometry = resources.geometry
         let buffer = Buffer(count: Int(descriptor.size))
         try VMFSResource.read(buffer.bytes, at: 0, pieces, resources.span)

@@ -118,7 +118,8 @@ func checkFile(_ file: VMFSFile, _ expected: VMFSImage.File, _ luns: [any BlockD
     guard let blocks = expected.blocks, let seed = expected.seed else { return }
     try checkPlaces(file, expected, luns, path)
     if expected.sha256 != nil { return }
-    for block in blocks where block.kind == "data" {
+    // What a large block has of zeros is looked at here and there.
+    for (index, block) in blocks.enumerated() where block.kind == "data" && (!block.isZero || index % 40 == 1) {
         let count = Int(min(1 << 20, expected.size - block.offset))
         let bytes = try Support.readBytes(file, at: block.offset, count: count)
         let content =
