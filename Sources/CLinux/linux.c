@@ -149,6 +149,11 @@ bool dg_is_in_memory(int fd) {
     return fstatfs(fd, &status) == 0 && (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC);
 }
 
+bool dg_writes_directly(int fd) {
+    struct statfs status;
+    return fstatfs(fd, &status) == 0 && (status.f_type == EXT4_SUPER_MAGIC || status.f_type == XFS_SUPER_MAGIC);
+}
+
 int dg_set_flags(int fd, int flags) { return checked(fcntl(fd, F_SETFL, flags)); }
 int dg_get_flags(int fd) { return checked(fcntl(fd, F_GETFL)); }
 int dg_set_close_on_exec(int fd) { return checked(fcntl(fd, F_SETFD, FD_CLOEXEC)); }

@@ -53,6 +53,8 @@ int dg_open_beneath(int directory, const char *path, int flags);
 int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
 // Whether a file lies in memory (tmpfs, ramfs).
 bool dg_is_in_memory(int fd);
+// Whether direct writes to a file are neither staged, nor compressed, nor sent to a server (ext2 to ext4, XFS).
+bool dg_writes_directly(int fd);
 int dg_set_flags(int fd, int flags);
 int dg_get_flags(int fd);
 int dg_set_close_on_exec(int fd);
