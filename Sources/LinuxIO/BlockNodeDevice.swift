@@ -9,6 +9,7 @@ public final class BlockNodeDevice: BlockDevice {
     public let info: DeviceInfo
     private let storage: RawStorage
     private let restoreWritable: Bool
+    private let whenReleased: (@Sendable () -> Void)?
     private let sector: UInt64
 
     /// Opens a block node.
@@ -18,11 +19,18 @@ public final class BlockNodeDevice: BlockDevice {
     public static func open(_ path: String, _ options: RawOptions = RawOptions()) throws(BlockError)
         -> BlockNodeDevice
     {
+        try BlockNodeDevice(openNode(path, options), name: path, options)
+    }
+
+    /// Opens a block node's descriptor as the options ask.
+    ///
+    /// - Throws: as `open`.
+    public static func openNode(_ path: String, _ options: RawOptions) throws(BlockError) -> Descriptor {
         var flags = options.isWritable ? O_RDWR : O_RDONLY
         if options.isDirect { flags |= O_DIRECT }
         if options.isExclusive || options.isWritable { flags |= O_EXCL }
         do throws(BlockError) {
-            return try BlockNodeDevice(Descriptor.open(path, flags), name: path, options)
+            return try Descriptor.open(path, flags)
         } catch  where error.message.contains(systemErrorText(EBUSY)) {
             throw BlockError(
                 error.kind,
@@ -33,8 +41,11 @@ public final class BlockNodeDevice: BlockDevice {
 
     /// A device over an open block node, which it keeps open.
     ///
+    /// - Parameter whenReleased: called when it is given up and the kernel's read-only switch is as it was.
     /// - Throws: `BlockError`: it is no block node, tells no size, or cannot be had as the options ask.
-    public init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
+    public init(
+        _ node: Descriptor, name: String, _ options: RawOptions, whenReleased: (@Sendable () -> Void)? = nil
+    ) throws(BlockError) {
         let status = try node.status()
         guard status.st_mode & S_IFMT == S_IFBLK else {
             throw BlockError(.invalid, "opening \(name) as a block device: it is none")
@@ -49,9 +60,10 @@ public final class BlockNodeDevice: BlockDevice {
         info.preferredBlock = limits.preferred
         info.writesArePrompt = options.isWritable && !options.isDirect
         info.canDiscard = options.isWritable
-        let sysfs = NodeIdentity(status.st_rdev)
-        info.isRotational = sysfs.isRotational
-        info.identity = sysfs.facts
+        if let disk = try? DiskInventory().disk(of: node) {
+            info.isRotational = disk.isRotational
+            info.identity = disk.identity
+        }
         var diskSequence: UInt64 = 0
         if dg_block_disk_sequence(node.number, &diskSequence) == 0 {
             info.identity.append(("diskseq", String(diskSequence)))
@@ -69,6 +81,7 @@ public final class BlockNodeDevice: BlockDevice {
             madeReadOnly = true
         }
         self.info = info
+        self.whenReleased = whenReleased
         storage = RawStorage(node, status: status, traits: traits, info: info)
         restoreWritable = madeReadOnly
         sector = UInt64(limits.logicalSector)
@@ -76,6 +89,7 @@ public final class BlockNodeDevice: BlockDevice {
 
     deinit {
         if restoreWritable { dg_block_unguard(storage.descriptor.number) }
+        whenReleased?()
     }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)

@@ -139,6 +139,13 @@ extension SourceReference {
                         + "scratch space)")
             }
             return try point.open()
+        case .hotAdd(let selector):
+            try allow(["format", "timeout"])
+            guard let seconds = Double(parameter("timeout") ?? "\(HotAddedDisk.patience)"), (0...3600).contains(seconds)
+            else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
+            let device = try HotAddedDisk(selector: selector, isWritable: writable).open(seconds: seconds)
+            let file = ResolvedFile(device: device, identity: "\(self)", resolver: nil)
+            return try openDisk(file, try formatHint() ?? .guess(name: "", isNodeOrRemote: true))
         case .nbd(let uri):
             let device = try NBDDevice.open(uri, isWritable: writable)
             // Its guest may have written what it begins like, and what an image names lies on the server.

@@ -87,6 +87,7 @@ private struct ObligationGiver {
     }
 
     mutating func giveBack(_ obligation: Obligation) throws(BlockError) {
+        if obligation.kind == "node.read-only" { return try obligation.makeNodeWritable() }
         if obligation.kind.hasPrefix("repository.") {
             return try openRepository().settle(obligation, holding: lock)
         }
