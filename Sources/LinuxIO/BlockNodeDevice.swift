@@ -9,7 +9,6 @@ public final class BlockNodeDevice: BlockDevice {
     public let info: DeviceInfo
     private let storage: RawStorage
     private let restoreWritable: Bool
-    private let whenReleased: (@Sendable () -> Void)?
     private let sector: UInt64
 
     /// Opens a block node.
@@ -40,12 +39,8 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     /// A device over an open block node, which it keeps open.
-    ///
-    /// - Parameter whenReleased: called when it is given up and the kernel's read-only switch is as it was.
     /// - Throws: `BlockError`: it is no block node, tells no size, or cannot be had as the options ask.
-    public init(
-        _ node: Descriptor, name: String, _ options: RawOptions, whenReleased: (@Sendable () -> Void)? = nil
-    ) throws(BlockError) {
+    public init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
         let status = try node.status()
         guard status.st_mode & S_IFMT == S_IFBLK else {
             throw BlockError(.invalid, "opening \(name) as a block device: it is none")
@@ -81,7 +76,6 @@ public final class BlockNodeDevice: BlockDevice {
             madeReadOnly = true
         }
         self.info = info
-        self.whenReleased = whenReleased
         storage = RawStorage(node, status: status, traits: traits, info: info)
         restoreWritable = madeReadOnly
         sector = UInt64(limits.logicalSector)
@@ -89,7 +83,6 @@ public final class BlockNodeDevice: BlockDevice {
 
     deinit {
         if restoreWritable { dg_block_unguard(storage.descriptor.number) }
-        whenReleased?()
     }
 
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)

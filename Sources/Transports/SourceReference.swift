@@ -1,6 +1,6 @@
 // The source grammar: what a user writes to name a disk, taken apart. Nothing is opened here.
 public import Block
-public import LinuxIO
+import LinuxIO
 public import NBD
 
 /// A disk as a user names it: a path or a URI.
@@ -17,8 +17,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case nbd(NBDURI)
         /// A disk of a restore point.
         case point(PointReference)
-        /// A SCSI disk that was hot-added to this machine.
-        case hotAdd(DiskSelector)
+        /// A SCSI disk that was, or is to be, hot-added to this machine.
+        case hotAdd(HotAddReference)
     }
 
     /// What the reference names.
@@ -61,7 +61,7 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case "file": kind = .path(try Self.filePath(body, of: text))
         case "pattern": kind = .pattern(size: try ByteCount(String(body)).bytes)
         case "point": kind = .point(try Self.point(body, parameters, of: text))
-        case "hotadd": kind = .hotAdd(try Self.selector(body, of: text))
+        case "hotadd": kind = .hotAdd(try Self.hotAdd(body, parameters, of: text))
         case "memory": kind = .memory(size: try ByteCount(String(body)).bytes)
         default:
             if let what = Self.notYet[scheme] {
@@ -133,20 +133,11 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
             point: point, repository: repository, machine: value("vm"), disk: value("disk"))
     }
 
-    private static func selector(_ body: Substring, of text: String) throws(BlockError) -> DiskSelector {
+    private static func hotAdd(
+        _ body: Substring, _ parameters: [(key: String, value: String)], of text: String
+    ) throws(BlockError) -> HotAddReference {
         let parts = body.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
-        if parts.count == 2, let value = decoded(parts[1]), !value.isEmpty {
-            switch parts[0].lowercased() {
-            case "serial": return .serial(value)
-            case "wwn": return .name(value)
-            case "hctl": if let address = SCSIAddress(value) { return .address(address) }
-            default: break
-            }
-        }
-        throw BlockError(
-            .invalid,
-            "opening \(text): write serial=SERIAL, wwn=NAME or hctl=HOST:CHANNEL:TARGET:UNIT behind the colon "
-                + "(diskgate disks shows them)")
+        return try hotAdd(parts[0], parts.count == 2 ? decoded(parts[1]) : nil, parameters, of: text)
     }
 
     private static func filePath(_ body: Substring, of text: String) throws(BlockError) -> String {

@@ -5,6 +5,7 @@ import Block
 import FoundationEssentials
 import Gateway
 import Glibc
+import Hypervisors
 import LinuxIO
 import NBD
 import Transports
@@ -31,10 +32,12 @@ struct DiskgateCommand: ParsableCommand {
             CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
             PruneCommand.self, PinCommand.self, UnpinCommand.self, MountCommand.self, UnmountCommand.self,
             FreezeGuardCommand.self, SnapshotCommand.self, CheckpointsCommand.self, DisksCommand.self,
+            AttachCommand.self, DetachCommand.self,
         ])
 
     static func main() {
         Repository.openPointSources()
+        Hypervisors.openHotAddControllers()
         do {
             var command = try parseAsRoot()
             try command.run()

@@ -18,7 +18,7 @@ struct HotAddedDisk {
     /// - Parameter seconds: how long to wait for it.
     /// - Throws: `BlockError`: it does not come, several are meant, it is no SCSI disk, somebody holds it, or another
     ///   has taken its place while it was opened.
-    func open(seconds: Double = patience) throws(BlockError) -> BlockNodeDevice {
+    func open(seconds: Double = patience) throws(BlockError) -> any BlockDevice {
         let disk = try find(seconds: seconds)
         var options = RawOptions()
         options.isWritable = isWritable
@@ -28,11 +28,27 @@ struct HotAddedDisk {
         // Another machine may have written to it since this one read it last.
         let result = dg_block_drop_cache(node.number)
         if result < 0 { throw BlockError(errno: -result, "\(doing): dropping what is cached of \(disk.node)") }
-        let ledger = isWritable || disk.isReadOnly ? nil : try Self.note(disk)
-        return try BlockNodeDevice(node, name: disk.node, options) {
-            guard let ledger else { return }
+        if isWritable || disk.isReadOnly { return try BlockNodeDevice(node, name: disk.node, options) }
+        let ledger = try Self.note(disk)
+        return HeldDevice(try BlockNodeDevice(node, name: disk.node, options)) {
             for obligation in ledger.obligations { try? ledger.settle(obligation) }
             try? ledger.end()
+        }
+    }
+
+    /// Adds an image to this proxy for as long as it is open.
+    ///
+    /// - Throws: `BlockError`; nothing stays added then.
+    static func open(_ image: HotAddImage, isWritable: Bool) throws(BlockError) -> any BlockDevice {
+        let task = HotAddTask()
+        let (disks, ledger) = try task.attach([image], isWritable: isWritable, isByHand: false)
+        do throws(BlockError) {
+            let selector = DiskSelector.serial(disks.first?.serial ?? "")
+            let device = try HotAddedDisk(selector: selector, isWritable: isWritable).open()
+            return HeldDevice(device) { try? task.release(ledger) }
+        } catch {
+            try? task.release(ledger)
+            throw error
         }
     }
 
