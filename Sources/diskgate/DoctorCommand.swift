@@ -44,7 +44,7 @@ struct DoctorCommand: ParsableCommand {
         }
         for problem in problems { writeError("diskgate: \(problem)") }
         let isLeft =
-            findings.contains { !$0.isGoingOn && (!$0.obligations.isEmpty || !$0.problems.isEmpty) }
+            findings.contains { !$0.isGoingOn && (!$0.left.isEmpty || !$0.problems.isEmpty) }
             || !removals.unfinished.isEmpty || !problems.isEmpty
         if isLeft { throw ExitCode(1) }
     }
@@ -82,10 +82,11 @@ struct DoctorCommand: ParsableCommand {
             print("run \(finding.run.id) of \(finding.run.machine)\(going)")
             for obligation in finding.settled { print("  given back: \(describe(obligation))") }
             for obligation in finding.obligations {
-                print("  \(finding.isGoingOn ? "in use" : "left"): \(describe(obligation))")
+                let state = finding.isGoingOn ? "in use" : obligation.isHeldByHand ? "attached by hand" : "left"
+                print("  \(state): \(describe(obligation))")
             }
             for problem in finding.problems { print("  problem: \(problem)") }
-            if !finding.isGoingOn && !finding.obligations.isEmpty && !fix {
+            if !finding.isGoingOn && !finding.left.isEmpty && !fix {
                 print("  give it back with: diskgate doctor --fix --state-directory \(state.directory)")
             }
         }

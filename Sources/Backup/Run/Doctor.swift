@@ -18,6 +18,9 @@ public struct Doctor: Sendable {
         public var settled: [Obligation] = []
         /// Why something could not be.
         public var problems: [String] = []
+
+        /// What it has not given back, and nobody holds by hand.
+        public var left: [Obligation] { obligations.filter { !$0.isHeldByHand } }
     }
 
     private let stateDirectory: String

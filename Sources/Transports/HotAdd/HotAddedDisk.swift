@@ -45,7 +45,13 @@ struct HotAddedDisk {
         do throws(BlockError) {
             let selector = DiskSelector.serial(disks.first?.serial ?? "")
             let device = try HotAddedDisk(selector: selector, isWritable: isWritable).open()
-            return HeldDevice(device) { try? task.release(ledger) }
+            return HeldDevice(device) {
+                do throws(BlockError) { try task.release(ledger) } catch {
+                    // Nobody is left who could be told otherwise; the ledger still knows of the disk.
+                    let text = "diskgate: \(error.message); diskgate doctor --fix takes it off\n"
+                    _ = text.withCString { write(STDERR_FILENO, $0, strlen($0)) }
+                }
+            }
         } catch {
             try? task.release(ledger)
             throw error
