@@ -76,14 +76,19 @@ public final class BackupRun {
 
     private func perform() throws(BlockError) {
         let provider = try Hypervisors.open(request.machine)
-        let first = try inspect(provider)
+        report.machine = provider.name
+        let (id, name) = try provider.identify()
+        report.machineName = name
         let repository = try Repository.openOrCreate(at: request.repository)
-        let place = try repository.enroll(id: first.id, name: first.name)
+        let place = try repository.enroll(id: id, name: name)
         let lock = try lockMachine(place, in: repository)
         giveBackEarlier(holding: lock)
         finishRemovals(of: place, in: repository, holding: lock)
-        // What earlier runs gave back may have changed what is known of the disks.
+        // Only now: a run that had the lock before, or what was given back, may have changed what is known of the disks.
         let machine = try inspect(provider)
+        if machine.id != id {
+            throw BlockError(.invalid, "backing up \(provider.name): another machine is there than a moment ago")
+        }
         let last = try repository.points(of: place).last
         let plan = try makePlan(machine, last, repository)
         try cancellation.check("backing up \(machine.name)")

@@ -24,7 +24,7 @@ enum Freezer: Sendable, Equatable {
             count = try agent.freeze(deadline: deadline)
         case .libvirt(let uri, let domain):
             let seconds = deadline - monotonicSeconds()
-            count = Self.count(try Virsh(uri: uri).run(["domfsfreeze", domain], seconds: seconds, isQuiet: false))
+            count = Self.count(try Virsh(uri: uri).run(["domfsfreeze", domain], seconds: seconds))
         }
         if count == 0 {
             // Some agents take themselves for frozen now.
@@ -41,7 +41,7 @@ enum Freezer: Sendable, Equatable {
         case .agent(let path): return try GuestAgent(path, deadline: deadline).thaw(deadline: deadline)
         case .libvirt(let uri, let domain):
             let seconds = deadline - monotonicSeconds()
-            let said = try Virsh(uri: uri).run(["domfsthaw", domain], seconds: seconds, isQuiet: false)
+            let said = try Virsh(uri: uri).run(["domfsthaw", domain], seconds: seconds)
             return Self.count(said) != 0
         }
     }

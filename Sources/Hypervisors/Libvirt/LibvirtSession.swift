@@ -17,7 +17,7 @@ final class LibvirtSession: SnapshotSession {
     private let obligations: [Obligation]
     private let watching: String?
     private let reserve: UInt64
-    /// When libvirt was asked last: each time is a process.
+    /// When libvirt was asked last.
     private let asked = Locked(monotonicSeconds())
     private static let askEverySeconds = 5.0
 
@@ -130,6 +130,7 @@ struct LibvirtRelease {
     private func endBackup(_ details: [String: String]) throws(BlockError) {
         let deadline = monotonicSeconds() + Self.endSeconds
         var (wasSeen, idleLooks) = (false, 0)
+        var delay = 0.001
         while true {
             if let backup = try place.runningBackup() {
                 // There can be only one.
@@ -146,7 +147,8 @@ struct LibvirtRelease {
                 throw BlockError(
                     .inputOutput, "ending libvirt's backup of \(place.name): it, or another job of the domain, goes on")
             }
-            pause(seconds: idleLooks > 0 ? 1 : 0.05)
+            pause(seconds: idleLooks > 0 ? 1 : delay)
+            delay = min(delay * 2, 0.05)
         }
     }
 
