@@ -152,6 +152,33 @@ struct LibvirtTests {
         try next.finish(adopting: true)
     }
 
+    /// Two images that change places have both disks' bitmaps, of the same name.
+    @Test func imagesThatHaveChangedPlacesAreReadWhole() throws {
+        try withDomain { domain, provider in
+            let other = domain.directory.file("other.qcow2")
+            func attach(_ image: String, _ target: String) throws {
+                let kind = ["--driver", "qemu", "--subdriver", "qcow2"]
+                try domain.lab(["virsh", "--", "attach-disk", "lab", image, target, "--config"] + kind)
+            }
+            _ = try Tool.output("qemu-img", ["create", "-q", "-f", "qcow2", other, "16M"])
+            try domain.lab(["virsh", "--", "destroy", "lab", "--graceful"])
+            try attach(other, "vdb")
+            try domain.lab(["restart"])
+            var wanted = request(["vda", "vdb"], since: nil, checkpoint: "r-1")
+            wanted.scratchDirectory = domain.directory.path
+            try provider.begin(wanted, ledger: try domain.ledger()).finish(adopting: true)
+            #expect(try provider.inspect().disks.map(\.checkpoints) == [["diskgate-r-1"], ["diskgate-r-1"]])
+            try domain.lab(["virsh", "--", "destroy", "lab", "--graceful"])
+            for target in ["vda", "vdb"] { try domain.lab(["virsh", "--", "detach-disk", "lab", target, "--config"]) }
+            try attach(other, "vda")
+            try attach(domain.image, "vdb")
+            #expect(try provider.inspect().disks.map(\.checkpoints) == [[], []])
+            wanted = request(["vda", "vdb"], since: "diskgate-r-1", checkpoint: "r-2")
+            let session = try provider.begin(wanted, ledger: try domain.ledger())
+            #expect(session.disks.allSatisfy { $0.changedContext == nil && $0.downgrade != nil })
+        }
+    }
+
     @Test func leftoversAndForeignThings() throws {
         try withDomain { domain, provider in
             // A crash after everything was made: the session is forgotten, the ledger is not.

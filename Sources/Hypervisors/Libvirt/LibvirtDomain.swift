@@ -175,6 +175,8 @@ extension LibvirtPlace {
 
     /// The backup that goes on; nil where there is none.
     func runningBackup() throws(BlockError) -> LibvirtBackup? {
+        // Asking for the description of a backup that is not there is an error in the daemon's log.
+        if try isIdle() { return nil }
         let result = try virsh.attempt(["backup-dumpxml", domain])
         if !result.isGood {
             let absent = ["no domain backup job", "not running", "failed to get domain", "Domain not found"]

@@ -10,7 +10,7 @@ import LinuxIO
 /// on a line of its own. A command is good when both marks around it have come, and no error.
 final class VirshShell {
     private let uri: String
-    private let process: pid_t
+    let process: pid_t
     /// What it is told, and its standard output.
     private let talk: Descriptor
     private let errors: Descriptor
