@@ -84,7 +84,7 @@ public final class BackupRun {
         let lock = try lockMachine(place, in: repository)
         giveBackEarlier(holding: lock)
         finishRemovals(of: place, in: repository, holding: lock)
-        // Only now: a run that had the lock before, or what was given back, may have changed what is known of the disks.
+        // Only now: who had the lock before, or what was given back, may have changed what is known of the disks.
         let machine = try inspect(provider)
         if machine.id != id {
             throw BlockError(.invalid, "backing up \(provider.name): another machine is there than a moment ago")

@@ -74,7 +74,7 @@ final class LibvirtSnapshot {
         ])
         Step.reached("libvirt.intended")
         let moment = try SnapshotMoment(
-            freezer: domain.hasAgent ? .libvirt(uri: place.virsh.uri, domain: place.domain) : nil, request, ledger,
+            freezer: domain.hasAgent ? .libvirt(place.virsh, domain: place.domain) : nil, request, ledger,
             obstacle: domain.state == "running" ? nil : "the machine is \(domain.state)")
         var outcome: SnapshotMoment.Outcome
         do throws(BlockError) { outcome = try moment.pass { () throws(BlockError) in try start(parts) } } catch {

@@ -4,7 +4,7 @@ import LinuxIO
 
 /// A connection URI of libvirt, and the program that speaks to it. One virsh is started for all commands, with the
 /// first of them: nearly all that a virsh costs is its start.
-final class Virsh: Sendable {
+final class Virsh: Sendable, Equatable {
     /// What became of a command.
     struct Answer {
         let isGood: Bool
@@ -25,6 +25,8 @@ final class Virsh: Sendable {
 
     /// Nothing is started yet.
     init(uri: String) { self.uri = uri }
+
+    static func == (one: Virsh, other: Virsh) -> Bool { one.uri == other.uri }
 
     /// Runs a command that must succeed.
     ///

@@ -15,7 +15,7 @@ final class VirshShell {
     private let talk: Descriptor
     private let errors: Descriptor
     /// What nobody else can write: the output of a command may have any text.
-    private let mark = String(UInt64.random(in: .min ... .max), radix: 16)
+    private let mark = String(UInt32.random(in: .min ... .max), radix: 16)
     private var count = 0
     private var isBroken = false
 
@@ -127,13 +127,13 @@ final class VirshShell {
             let hasMark = said[searched...].firstRange(of: mark) != nil
             // virsh writes an error before it reads the next line, and so before the last mark.
             _ = take(from: errors, into: &complaint)
+            if said.count + complaint.count > Self.outputMax { throw BlockError(.tooLarge, "its answer has no end") }
             if hasMark { return (said, complaint) }
             if !isOpen {
                 isBroken = true
                 if complaint.isEmpty { throw BlockError(.shutdown, "it has ended by itself") }
                 return (said, complaint)
             }
-            if said.count + complaint.count > Self.outputMax { throw BlockError(.tooLarge, "its answer has no end") }
         }
     }
 
@@ -142,10 +142,11 @@ final class VirshShell {
     /// - Returns: whether more may come.
     private func take(from socket: Descriptor, into bytes: inout [UInt8]) -> Bool {
         var buffer = [UInt8](repeating: 0, count: 32768)
-        while true {
+        while bytes.count <= Self.outputMax {
             let got = recv(socket.number, &buffer, buffer.count, Int32(MSG_DONTWAIT))
             if got <= 0 { return got < 0 && [EAGAIN, EINTR].contains(errno) }
             bytes += buffer[..<got]
         }
+        return true
     }
 }
