@@ -191,8 +191,8 @@ public struct ListeningSocket: Sendable {
     }
 }
 
-/// Whether a path was left by a process that is gone: it is a socket and refuses connections. (Files that are no
-/// sockets refuse connections too.)
+/// Whether a path was left by a process that is gone: it is a socket's, and no process has that socket. A server does
+/// not notice that it was asked for.
 public func isAbandonedSocket(_ path: String) -> Bool {
     var status = stat()
     guard path.utf8.count < 108, lstat(path, &status) == 0, status.st_mode & S_IFMT == S_IFSOCK else { return false }
