@@ -60,7 +60,7 @@ public struct Doctor: Sendable {
         var finding = Finding(run: ledger.run, isGoingOn: false, obligations: ledger.obligations)
         if let damage = ledger.damage { finding.problems.append(damage) }
         var giver = ObligationGiver(run: ledger.run, lock: lock)
-        for obligation in ledger.obligations.reversed() {
+        for obligation in ledger.obligations.reversed() where !obligation.isHeldByHand {
             do throws(BlockError) {
                 try giver.giveBack(obligation)
                 try ledger.settle(obligation)
@@ -87,6 +87,8 @@ private struct ObligationGiver {
     }
 
     mutating func giveBack(_ obligation: Obligation) throws(BlockError) {
+        if obligation.kind == "hotadd.disk" { return try HotAddTask().giveBack(obligation, force: false) }
+        if obligation.kind == "node.read-only" { return try obligation.makeNodeWritable() }
         if obligation.kind.hasPrefix("repository.") {
             return try openRepository().settle(obligation, holding: lock)
         }
