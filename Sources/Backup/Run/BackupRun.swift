@@ -96,7 +96,8 @@ public final class BackupRun {
             stateDirectory: request.stateDirectory, machine: request.machine, repository: repository.path, runID: runID)
         Step.reached("run.ledger-begun")
         let context = RunContext(
-            machine: machine, place: place, lock: lock, plan: plan, last: points.last, repository: repository, ledger: ledger)
+            machine: machine, place: place, lock: lock, plan: plan, last: points.last, repository: repository,
+            ledger: ledger)
         try settling(ledger) { () throws(BlockError) in try backUp(provider, context) }
         Step.reached("run.ledger-ended")
         prune(context)
