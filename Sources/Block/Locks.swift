@@ -64,7 +64,12 @@ public final class Condition: @unchecked Sendable {
     public init() {
         condition = .allocate(capacity: 1)
         condition.initialize(to: pthread_cond_t())
-        pthread_cond_init(condition, nil)
+        var attributes = pthread_condattr_t()
+        pthread_condattr_init(&attributes)
+        // Waiting does not depend on what the time of day is set to.
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+        pthread_cond_init(condition, &attributes)
+        pthread_condattr_destroy(&attributes)
     }
 
     deinit {
@@ -75,6 +80,16 @@ public final class Condition: @unchecked Sendable {
     /// Gives the lock back, which the caller holds, until the condition is signalled, and takes it again. May return
     /// without a signal: callers look again at what they wait for.
     public func wait(holding lock: Lock) { pthread_cond_wait(condition, lock.mutex) }
+
+    /// The same, for some seconds at most.
+    public func wait(holding lock: Lock, seconds: Double) {
+        var end = timespec()
+        clock_gettime(CLOCK_MONOTONIC, &end)
+        let nanoseconds = end.tv_nsec + Int(max(0, min(seconds, 1e6)) * 1e9)
+        end.tv_sec += nanoseconds / 1_000_000_000
+        end.tv_nsec = nanoseconds % 1_000_000_000
+        pthread_cond_timedwait(condition, lock.mutex, &end)
+    }
 
     /// Wakes one of those who wait.
     public func signal() { pthread_cond_signal(condition) }

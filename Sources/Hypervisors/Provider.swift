@@ -10,6 +10,11 @@ public protocol Provider: AnyObject, Sendable {
     /// The machine as the user named it, without secrets.
     var name: String { get }
 
+    /// Asks the hypervisor which machine it is: what has to be known before anything else of it may be trusted to stay.
+    ///
+    /// - Returns: `VirtualMachine.id` and its name.
+    func identify() throws(BlockError) -> (id: String, name: String)
+
     /// Asks the hypervisor about the machine.
     func inspect() throws(BlockError) -> VirtualMachine
 
@@ -25,7 +30,7 @@ public protocol Provider: AnyObject, Sendable {
     func resetTracking() throws(BlockError) -> [String]
 
     /// Freezes where that is asked for and possible, makes one point in time of all disks, thaws, and offers the disks
-    /// for reading.
+    /// for reading. What `inspect` has found last may be relied on once.
     ///
     /// When it throws, nothing stays behind: what was made is undone, or still stands in the ledger.
     func begin(_ request: SnapshotRequest, ledger: RunLedger) throws(BlockError) -> any SnapshotSession
@@ -36,6 +41,13 @@ public protocol Provider: AnyObject, Sendable {
     /// - Parameter adopted: whether the run's restore point is durable, so that its checkpoint takes the place of the
     ///   one before; otherwise what changed since is merged back into that, so that nothing is missed.
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError)
+}
+
+extension Provider {
+    public func identify() throws(BlockError) -> (id: String, name: String) {
+        let machine = try inspect()
+        return (machine.id, machine.name)
+    }
 }
 
 /// Whether file systems in the guest are to be frozen for the moment of the snapshot.

@@ -42,6 +42,12 @@ private final class Domain {
 
     func io(_ command: String) throws { try lab(["io", command]) }
 
+    /// Gives the domain, which is off, another disk.
+    func attach(_ image: String, _ target: String) throws {
+        let kind = ["--driver", "qemu", "--subdriver", "qcow2"]
+        try lab(["virsh", "--", "attach-disk", "lab", image, target, "--config"] + kind)
+    }
+
     func checkpoints() throws -> [String] {
         try lab(["virsh", "--", "checkpoint-list", "lab", "--topological", "--name"])
             .split(separator: "\n").map(String.init)
@@ -144,12 +150,33 @@ struct LibvirtTests {
         let truth = domain.directory.file("truth.raw")
         _ = try Tool.output("qemu-img", ["convert", "-f", "qcow2", "-O", "raw", domain.image, truth])
         try requireEqual(copy, truth, "the copy of the machine that is off")
-        // It goes on from there when it runs again.
+        // It goes on from there when it runs again, with one more disk.
+        let other = domain.directory.file("other.qcow2")
+        _ = try Tool.output("qemu-img", ["create", "-q", "-f", "qcow2", other, "16M"])
+        try domain.attach(other, "vdb")
         try domain.lab(["restart"])
         try domain.io("write -q -P 0x66 6M 64k")
         let next = try provider.begin(domain.wanted(since: "diskgate-r-4", "r-6"), ledger: ledger)
         #expect(try copyChanges(next.disks[0], onto: copy) == 2 * 65536)
         try next.finish(adopting: true)
+        try changedPlaces(domain, provider, ledger, other)
+    }
+
+    /// Two images that change places both have the checkpoint's bitmap.
+    private func changedPlaces(_ domain: Domain, _ provider: any Provider, _ ledger: RunLedger, _ other: String) throws
+    {
+        var wanted = request(["vda", "vdb"], since: nil, checkpoint: "s-1")
+        wanted.scratchDirectory = domain.directory.path
+        try provider.begin(wanted, ledger: ledger).finish(adopting: true)
+        #expect(try provider.inspect().disks.allSatisfy { $0.checkpoints.contains("diskgate-s-1") })
+        try domain.lab(["virsh", "--", "destroy", "lab", "--graceful"])
+        for target in ["vda", "vdb"] { try domain.lab(["virsh", "--", "detach-disk", "lab", target, "--config"]) }
+        try domain.attach(other, "vda")
+        try domain.attach(domain.image, "vdb")
+        #expect(try provider.inspect().disks.map(\.checkpoints) == [[], []])
+        wanted = request(["vda", "vdb"], since: "diskgate-s-1", checkpoint: "s-2")
+        let session = try provider.begin(wanted, ledger: ledger)
+        #expect(session.disks.allSatisfy { $0.changedContext == nil && $0.downgrade != nil })
     }
 
     @Test func leftoversAndForeignThings() throws {

@@ -91,8 +91,9 @@ public final class PointWriter: Sendable {
         var entries: [PointManifest.Disk] = []
         for disk in disks {
             let sidecar = try sha256(ofFile: "\(disk.hashes).partial")
-            try renameDurably("\(disk.data).partial", to: disk.data)
+            try rename("\(disk.data).partial", to: disk.data)
             Step.reached("seal.data-renamed")
+            // Which of them is durable first does not matter: neither counts before the manifest.
             try renameDurably("\(disk.hashes).partial", to: disk.hashes)
             Step.reached("seal.hashes-renamed")
             entries.append(entry(disk, sidecar, facts.disks[disk.id] ?? PointFacts.Disk()))
@@ -113,6 +114,10 @@ public final class PointWriter: Sendable {
         try removeDurably(repository.reservation(request.machine, sequence, request.run))
         if let obligation { try request.ledger?.settle(obligation) }
         return RestorePoint(manifest: manifest, machine: request.machine, path: path)
+    }
+
+    private func rename(_ old: String, to new: String) throws(BlockError) {
+        if Glibc.rename(old, new) < 0 { throw BlockError(errno: errno, "renaming \(old) to \(new)") }
     }
 
     private func entry(_ disk: Disk, _ sidecar: (digest: String, bytes: UInt64), _ facts: PointFacts.Disk)

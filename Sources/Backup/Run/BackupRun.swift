@@ -41,18 +41,18 @@ public final class BackupRun {
     public func plan() throws(BlockError) -> RunReport {
         let provider = try Hypervisors.open(request.machine)
         let machine = try inspect(provider)
-        var last: RestorePoint?
+        var points: [RestorePoint] = []
         var repository: Repository?
         if Repository.exists(at: request.repository) {
             let found = try Repository.open(at: request.repository)
             repository = found
             if let known = try found.machines().first(where: { $0.id == machine.id }) {
-                last = try found.points(of: known).last
+                points = try found.points(of: known)
             }
         } else {
             report.warnings.append("there is no repository at \(request.repository) yet: it would be made")
         }
-        let plan = try makePlan(machine, last, repository)
+        let plan = try makePlan(machine, points, repository)
         for disk in plan.disks { report.disks.append(RunReport.Disk(disk)) }
         report.outcome = .planned
         return report
@@ -76,22 +76,28 @@ public final class BackupRun {
 
     private func perform() throws(BlockError) {
         let provider = try Hypervisors.open(request.machine)
-        let first = try inspect(provider)
+        report.machine = provider.name
+        let (id, name) = try provider.identify()
+        report.machineName = name
         let repository = try Repository.openOrCreate(at: request.repository)
-        let place = try repository.enroll(id: first.id, name: first.name)
+        let place = try repository.enroll(id: id, name: name)
         let lock = try lockMachine(place, in: repository)
         giveBackEarlier(holding: lock)
         finishRemovals(of: place, in: repository, holding: lock)
-        // What earlier runs gave back may have changed what is known of the disks.
+        // Only now: who had the lock before, or what was given back, may have changed what is known of the disks.
         let machine = try inspect(provider)
-        let last = try repository.points(of: place).last
-        let plan = try makePlan(machine, last, repository)
+        if machine.id != id {
+            throw BlockError(.invalid, "backing up \(provider.name): another machine is there than a moment ago")
+        }
+        let points = try repository.points(of: place)
+        let plan = try makePlan(machine, points, repository)
         try cancellation.check("backing up \(machine.name)")
         let ledger = try RunLedger.begin(
             stateDirectory: request.stateDirectory, machine: request.machine, repository: repository.path, runID: runID)
         Step.reached("run.ledger-begun")
         let context = RunContext(
-            machine: machine, place: place, lock: lock, plan: plan, last: last, repository: repository, ledger: ledger)
+            machine: machine, place: place, lock: lock, plan: plan, last: points.last, repository: repository,
+            ledger: ledger)
         try settling(ledger) { () throws(BlockError) in try backUp(provider, context) }
         Step.reached("run.ledger-ended")
         prune(context)
@@ -151,13 +157,11 @@ public final class BackupRun {
         }
     }
 
-    private func makePlan(_ machine: VirtualMachine, _ last: RestorePoint?, _ repository: Repository?)
+    private func makePlan(_ machine: VirtualMachine, _ points: [RestorePoint], _ repository: Repository?)
         throws(BlockError) -> BackupPlan
     {
-        var known: Set<String> = []
-        if let last, let repository {
-            for point in try repository.points(of: last.machine) { known.formUnion(point.manifest.disks.map(\.id)) }
-        }
+        let last = points.last
+        let known = points.reduce(into: Set<String>()) { $0.formUnion($1.manifest.disks.map(\.id)) }
         let plan = try BackupPlan(machine, request, last: last, known: known) { disk in
             guard let last, let repository else { return nil }
             do throws(BlockError) {

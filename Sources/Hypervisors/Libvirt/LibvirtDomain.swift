@@ -60,9 +60,9 @@ struct LibvirtDomain: Sendable {
         owner = numbers.count == 2 ? (numbers[0], numbers[1]) : nil
         let sizes = try Self.sizes(place)
         var disks = (devices?.all("disk") ?? []).map { Self.disk($0, sizes) }
-        for (checkpoint, targets) in try Self.checkpoints(place) {
-            for index in disks.indices where targets.contains(disks[index].target) {
-                disks[index].checkpoints.append(checkpoint)
+        for checkpoint in try Self.checkpoints(place) {
+            for index in disks.indices where checkpoint.knows(disks[index]) {
+                disks[index].checkpoints.append(checkpoint.name)
             }
         }
         self.disks = disks
@@ -70,7 +70,6 @@ struct LibvirtDomain: Sendable {
 
     private static func disk(_ element: XMLElement, _ sizes: [String: UInt64]) -> Disk {
         let target = element["target"]?.attributes["dev"] ?? ""
-        let source = element["source"]?.attributes ?? [:]
         let kind = element.attributes["device"] ?? "disk"
         let size = sizes[target] ?? 0
         let obstacle: String? =
@@ -88,7 +87,7 @@ struct LibvirtDomain: Sendable {
                 nil
             }
         return Disk(
-            target: target, path: source["file"] ?? source["dev"] ?? "",
+            target: target, path: image(of: element),
             format: element["driver"]?.attributes["type"] ?? "raw", size: size, obstacle: obstacle)
     }
 
@@ -102,14 +101,39 @@ struct LibvirtDomain: Sendable {
         return sizes
     }
 
-    /// Diskgate's checkpoints, oldest first, and the disks that each has.
-    private static func checkpoints(_ place: LibvirtPlace) throws(BlockError) -> [(String, Set<String>)] {
-        var checkpoints: [(String, Set<String>)] = []
+    private static func image(of disk: XMLElement) -> String {
+        let source = disk["source"]?.attributes ?? [:]
+        return source["file"] ?? source["dev"] ?? ""
+    }
+
+    /// A checkpoint of diskgate's.
+    private struct Checkpoint {
+        let name: String
+        /// The targets that it has bitmaps of.
+        let targets: Set<String>
+        /// The images that the domain had then, by target.
+        let images: [String: String]
+
+        /// Whether it tells the changes of a disk. Two images that have changed places both have its bitmap, and each
+        /// would tell of the other's changes.
+        func knows(_ disk: Disk) -> Bool {
+            let wasAnothers = images.contains { $0.key != disk.target && $0.value == disk.path && !disk.path.isEmpty }
+            return targets.contains(disk.target) && (images[disk.target] == disk.path || !wasAnothers)
+        }
+    }
+
+    /// Diskgate's checkpoints, oldest first.
+    private static func checkpoints(_ place: LibvirtPlace) throws(BlockError) -> [Checkpoint] {
+        var checkpoints: [Checkpoint] = []
         for name in try place.checkpointNames() {
-            let text = try place.virsh.run(["checkpoint-dumpxml", place.domain, name, "--no-domain"])
-            let disks = try XMLElement(parsing: text)["disks"]?.all("disk") ?? []
-            let targets = disks.filter { $0.attributes["checkpoint"] == "bitmap" }.compactMap { $0.attributes["name"] }
-            checkpoints.append((name, Set(targets)))
+            let xml = try XMLElement(parsing: place.virsh.run(["checkpoint-dumpxml", place.domain, name]))
+            let disks = (xml["disks"]?.all("disk") ?? []).filter { $0.attributes["checkpoint"] == "bitmap" }
+            var images: [String: String] = [:]
+            for disk in xml["domain"]?["devices"]?.all("disk") ?? [] {
+                if let target = disk["target"]?.attributes["dev"] { images[target] = image(of: disk) }
+            }
+            checkpoints.append(
+                Checkpoint(name: name, targets: Set(disks.compactMap { $0.attributes["name"] }), images: images))
         }
         return checkpoints
     }
@@ -140,7 +164,7 @@ extension LibvirtPlace {
     /// Removes a checkpoint with its bitmaps; where they are damaged, libvirt's knowledge of it.
     func deleteCheckpoint(_ name: String) throws(BlockError) {
         let result = try virsh.attempt(["checkpoint-delete", domain, name])
-        if result.status == 0 || result.errors.contains("no domain checkpoint") { return }
+        if result.isGood || result.errors.contains("no domain checkpoint") { return }
         if result.errors.contains("inconsistent") || result.errors.contains("not found in") {
             _ = try virsh.run(["checkpoint-delete", domain, name, "--metadata"])
             return
@@ -151,8 +175,10 @@ extension LibvirtPlace {
 
     /// The backup that goes on; nil where there is none.
     func runningBackup() throws(BlockError) -> LibvirtBackup? {
+        // Asking for the description of a backup that is not there is an error in the daemon's log.
+        if try isIdle() { return nil }
         let result = try virsh.attempt(["backup-dumpxml", domain])
-        if result.status != 0 {
+        if !result.isGood {
             let absent = ["no domain backup job", "not running", "failed to get domain", "Domain not found"]
             if absent.contains(where: result.errors.contains) { return nil }
             throw BlockError(.inputOutput, "looking for a backup of \(name): \(result.errors)")
@@ -169,7 +195,7 @@ extension LibvirtPlace {
     /// Whether no job is at work on the domain: neither is a backup that is only just beginning.
     func isIdle() throws(BlockError) -> Bool {
         let result = try virsh.attempt(["domjobinfo", domain])
-        if result.status == 0 {
+        if result.isGood {
             return result.output.split { $0.isWhitespace || $0 == ":" }.prefix(3).last == "None"
         }
         if ["not running", "failed to get domain", "Domain not found"].contains(where: result.errors.contains) {

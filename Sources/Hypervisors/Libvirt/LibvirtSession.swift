@@ -5,41 +5,21 @@ import LinuxIO
 import Transports
 
 /// One point in time of a domain's disks.
-final class LibvirtSession: SnapshotSession {
-    let disks: [SnapshotDisk]
-    let consistency: Consistency
-    let freezeSeconds: Double?
-    let time: Double
-    let warnings: [String]
-
+final class LibvirtSession: OfferingSession {
+    let offer: SnapshotOffer
     private let place: LibvirtPlace
-    private let ledger: RunLedger
-    private let obligations: [Obligation]
-    private let watching: String?
-    private let reserve: UInt64
-    /// When libvirt was asked last: each time is a process.
+    /// When libvirt was asked last.
     private let asked = Locked(monotonicSeconds())
     private static let askEverySeconds = 5.0
 
-    init(
-        _ place: LibvirtPlace, _ ledger: RunLedger, disks: [SnapshotDisk], outcome: SnapshotMoment.Outcome,
-        warnings: [String], obligations: [Obligation], watching: String?, reserve: UInt64
-    ) {
+    init(_ place: LibvirtPlace, _ offer: SnapshotOffer) {
         self.place = place
-        self.ledger = ledger
-        self.disks = disks
-        consistency = outcome.consistency
-        freezeSeconds = outcome.freezeSeconds
-        time = outcome.time
-        self.warnings = warnings
-        self.obligations = obligations
-        self.watching = watching
-        self.reserve = reserve
+        self.offer = offer
     }
 
     func check(isLast: Bool) throws(BlockError) {
         let doing = "keeping the snapshot of \(place.name)"
-        if let watching { try checkSpace(in: watching, reserve: reserve, doing: doing) }
+        try checkScratchSpace(doing: doing)
         let isDue = asked.withLock { last in
             guard isLast || monotonicSeconds() - last > Self.askEverySeconds else { return false }
             last = monotonicSeconds()
@@ -52,7 +32,7 @@ final class LibvirtSession: SnapshotSession {
 
     func finish(adopting: Bool) throws(BlockError) {
         do throws(BlockError) {
-            try LibvirtRelease(place).settleAll(obligations, of: ledger, adopted: adopting)
+            try LibvirtRelease(place).settleAll(offer.obligations, of: offer.ledger, adopted: adopting)
         } catch { throw error.during("ending the snapshot of \(place.name)") }
     }
 }
@@ -130,7 +110,9 @@ struct LibvirtRelease {
     private func endBackup(_ details: [String: String]) throws(BlockError) {
         let deadline = monotonicSeconds() + Self.endSeconds
         var (wasSeen, idleLooks) = (false, 0)
+        var delay = 0.001
         while true {
+            if wasSeen, try place.isIdle() { return }
             if let backup = try place.runningBackup() {
                 // There can be only one.
                 if !backup.isMeant(by: details) { return }
@@ -146,7 +128,8 @@ struct LibvirtRelease {
                 throw BlockError(
                     .inputOutput, "ending libvirt's backup of \(place.name): it, or another job of the domain, goes on")
             }
-            pause(seconds: idleLooks > 0 ? 1 : 0.05)
+            pause(seconds: idleLooks > 0 ? 1 : delay)
+            delay = min(delay * 2, 0.05)
         }
     }
 

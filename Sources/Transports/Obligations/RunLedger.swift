@@ -63,7 +63,7 @@ public final class RunLedger: Sendable {
         }
         let ledger = RunLedger(run: run, path: path, lock: lock, state: State())
         do throws(BlockError) {
-            try ledger.append(Entry(run: run))
+            try ledger.append([Entry(run: run)])
             try renameDurably(aside, to: path)
         } catch {
             unlink(aside)
@@ -131,12 +131,23 @@ public final class RunLedger: Sendable {
     ///
     /// - Throws: `BlockError` when that cannot be written: then it must not be made.
     public func intend(_ kind: String, _ details: [String: String]) throws(BlockError) -> Obligation {
+        let made = try intend([(kind, details)])
+        return made[0]
+    }
+
+    /// Notes, durably, that several things are about to be made, at the cost of one.
+    ///
+    /// - Returns: the obligations, in order.
+    /// - Throws: `BlockError` when that cannot be written: then none of them may be made.
+    public func intend(_ things: [(kind: String, details: [String: String])]) throws(BlockError) -> [Obligation] {
         try state.withLock { (state) throws(BlockError) in
-            let obligation = Obligation(id: state.next, kind: kind, details: details)
-            try append(Entry(made: obligation))
-            state.next += 1
-            state.open.append(obligation)
-            return obligation
+            let made = things.enumerated().map { index, thing in
+                Obligation(id: state.next + index, kind: thing.kind, details: thing.details)
+            }
+            try append(made.map { Entry(made: $0) })
+            state.next += made.count
+            state.open += made
+            return made
         }
     }
 
@@ -148,7 +159,7 @@ public final class RunLedger: Sendable {
             guard let index = state.open.firstIndex(where: { $0.id == obligation.id }) else { return }
             var more = state.open[index]
             more.details.merge(details) { $1 }
-            try append(Entry(learned: more))
+            try append([Entry(learned: more)])
             state.open[index] = more
         }
     }
@@ -159,7 +170,8 @@ public final class RunLedger: Sendable {
     public func settle(_ obligation: Obligation) throws(BlockError) {
         try state.withLock { (state) throws(BlockError) in
             guard state.open.contains(where: { $0.id == obligation.id }) else { return }
-            try append(Entry(settled: obligation.id))
+            // Not synced: what a power cut makes forgotten is given back again.
+            try append([Entry(settled: obligation.id)], isDurable: false)
             state.open.removeAll { $0.id == obligation.id }
         }
     }
@@ -173,22 +185,23 @@ public final class RunLedger: Sendable {
         try syncDirectory(directoryName(path))
     }
 
-    private func append(_ entry: Entry) throws(BlockError) {
-        var line: Data
-        do { line = try JSONEncoder().encode(entry) } catch {
+    private func append(_ entries: [Entry], isDurable: Bool = true) throws(BlockError) {
+        var lines = Data()
+        do {
+            for entry in entries { lines += try JSONEncoder().encode(entry) + [UInt8(ascii: "\n")] }
+        } catch {
             throw BlockError(.invalid, "writing the run's ledger \(path): \(error)")
         }
-        line.append(UInt8(ascii: "\n"))
         let number = lock.descriptor.number
         let before = try lock.descriptor.status().st_size
-        let written = line.withUnsafeBytes { write(number, $0.baseAddress, $0.count) }
-        guard written == line.count else {
+        let written = lines.withUnsafeBytes { write(number, $0.baseAddress, $0.count) }
+        guard written == lines.count else {
             let reason = written < 0 ? errno : ENOSPC
             // What comes next must not be glued to half a line.
             ftruncate(number, before)
             throw BlockError(errno: reason, "writing the run's ledger \(path)")
         }
-        if fdatasync(number) < 0 { throw BlockError(errno: errno, "syncing the run's ledger \(path)") }
+        if isDurable, fdatasync(number) < 0 { throw BlockError(errno: errno, "syncing the run's ledger \(path)") }
     }
 
     /// Why not all of the ledger can be worked off; nil when it can.
