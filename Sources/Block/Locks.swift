@@ -18,7 +18,7 @@ public final class Lock: @unchecked Sendable {
         mutex.deallocate()
     }
 
-    /// Takes the lock. Where it is given back in the middle, as by loops that work without it; else there is `withLock`.
+    /// Takes the lock, for loops that give it back in the middle and work without it; others use `withLock`.
     @inlinable @inline(__always)
     public func lock() { pthread_mutex_lock(mutex) }
 

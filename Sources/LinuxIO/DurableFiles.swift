@@ -73,7 +73,7 @@ private func openAside(_ path: String, mode: UInt32) throws(BlockError) -> (Desc
 /// Removes what writers of a file have left that did not come to their end. Those that are still writing hold a lock.
 private func removeLeftovers(of path: String) {
     let directory = directoryName(path)
-    let start = "\(path.split(separator: "/").last ?? "")."
+    let start = String(decoding: path.utf8.split(separator: UInt8(ascii: "/")).last ?? [], as: UTF8.self) + "."
     for name in (try? namesInDirectory(directory)) ?? [] where name.hasPrefix(start) && name.hasSuffix(".partial") {
         let digits = name.dropFirst(start.count).dropLast(".partial".count)
         let leftover = "\(directory)/\(name)"
@@ -124,10 +124,12 @@ public func namesInDirectory(_ path: String) throws(BlockError) -> [String] {
 
 /// The directory that a path's last part lies in.
 public func directoryName(_ path: String) -> String {
-    var trimmed = path[...]
-    while trimmed.count > 1 && trimmed.last == "/" { trimmed.removeLast() }
-    guard let slash = trimmed.lastIndex(of: "/") else { return "." }
-    return slash == trimmed.startIndex ? "/" : String(trimmed[..<slash])
+    // Byte by byte: with an accent behind it, a slash is another character, and still ends a name.
+    let slash = UInt8(ascii: "/")
+    var trimmed = path.utf8[...]
+    while trimmed.count > 1 && trimmed.last == slash { trimmed.removeLast() }
+    guard let last = trimmed.lastIndex(of: slash) else { return "." }
+    return last == trimmed.startIndex ? "/" : String(decoding: trimmed[..<last], as: UTF8.self)
 }
 
 /// A lock on a file, held until its owner goes or the process ends, however it ends. Processes that were started

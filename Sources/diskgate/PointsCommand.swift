@@ -8,8 +8,8 @@ struct PointsCommand: ParsableCommand {
         commandName: "points", abstract: "List the restore points of a repository.",
         discussion:
             """
-            Columns: machine, number, time (UTC), level, consistency, data that its run has stored, space that its files \
-            take up now (with what was merged into them), beginning of the UUID, marks.
+            Columns: machine, number, time (UTC), level, consistency, data that its run has stored, space that its \
+            files take up now (with what was merged into them), beginning of the UUID, marks.
             """)
 
     @OptionGroup var repository: RepositoryArguments

@@ -118,7 +118,7 @@ struct RestoreCommand: ParsableCommand {
             }
             try makeDirectories(destination, mode: 0o755)
         }
-        return "\(destination)/\(id.map { $0 == "/" ? "_" : String($0) }.joined()).raw"
+        return "\(destination)/\(id.unicodeScalars.map { $0 == "/" ? "_" : String($0) }.joined()).raw"
     }
 
     private func restore(

@@ -53,4 +53,9 @@ import Testing
                     == (others + ["small", "small.fedcba9876543210.partial"]).sorted())
         }
     }
+
+    @Test func aSlashEndsANameWhateverFollows() {
+        #expect(directoryName("/a/\u{301}b") == "/a")
+        #expect(directoryName("/a/b//") == "/a" && directoryName("/a") == "/" && directoryName("a") == ".")
+    }
 }

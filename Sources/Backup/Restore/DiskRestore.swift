@@ -1,4 +1,4 @@
-// Restores a disk of a restore point to another disk by the copier: whole, or only what differs, and checked on the way.
+// Restores a disk of a point to another disk by the copier: whole, or only what differs, and checked on the way.
 public import Block
 import LinuxIO
 

@@ -23,7 +23,8 @@ struct DomainFuzz {
                 _ = disk.described
             }
             // What is escaped reads as it was.
-            let element = try? XMLElement(parsing: "<a b=\"\(XMLElement.escaped(text))\">\(XMLElement.escaped(text))</a>")
+            let escaped = XMLElement.escaped(text)
+            let element = try? XMLElement(parsing: "<a b=\"\(escaped)\">\(escaped)</a>")
             require(element?.text == text && element?.attributes["b"] == text, "escaped text reads otherwise")
         }
     }

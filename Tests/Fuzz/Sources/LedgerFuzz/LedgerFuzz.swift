@@ -1,4 +1,4 @@
-// Fuzzes the ledgers of runs: whatever a crash or somebody's hand has left of one, it is listed, taken over, worked off.
+// Fuzzes the ledgers of runs: whatever a crash has left of one, it is listed, taken over, worked off.
 import Block
 import FuzzSupport
 import Glibc

@@ -55,7 +55,7 @@ struct ManifestFuzz {
         for text in ["latest", "1", "2026-11-21", point.uuid] { _ = try? repository.find(text, of: machine) }
         var rule = RetentionRule()
         (rule.last, rule.daily, rule.weekly, rule.monthly, rule.yearly) = (1, 1, 1, 1, 1)
-        require(rule.reasons(for: points).count == Set(points.map(\.sequence)).count, "a rule that keeps one keeps none")
+        require(!rule.reasons(for: points).isEmpty, "a rule that keeps one point keeps none")
         for disk in manifest.disks { _ = try? repository.open(point, disk: disk.id) }
         _ = point.description
         _ = manifest.disks.compactMap(\.checked)
