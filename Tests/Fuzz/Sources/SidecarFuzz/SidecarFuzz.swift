@@ -41,9 +41,9 @@ struct SidecarFuzz {
         let size = chunks << 16 | UInt64(choices.number())
         var runs: [(first: UInt64, count: UInt64, isZero: Bool)] = []
         var position: UInt64 = 0
-        while !choices.isEmpty && runs.count < 64 {
+        while !choices.isEmpty && runs.count < 32 {
             let gap = UInt64(choices.byte())
-            let count = UInt64(choices.number() & 0x3FF) + 1
+            let count = UInt64(choices.number() & 0x3F) + 1
             runs.append((position + gap, count, choices.byte() & 1 != 0))
             position += gap + count
         }
