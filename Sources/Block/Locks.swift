@@ -18,6 +18,14 @@ public final class Lock: @unchecked Sendable {
         mutex.deallocate()
     }
 
+    /// Takes the lock, for loops that give it back in the middle and work without it; others use `withLock`.
+    @inlinable @inline(__always)
+    public func lock() { pthread_mutex_lock(mutex) }
+
+    /// Gives the lock back, which the caller holds.
+    @inlinable @inline(__always)
+    public func unlock() { pthread_mutex_unlock(mutex) }
+
     /// Runs the body while holding the lock.
     @inlinable @inline(__always)
     public func withLock<R: ~Copyable, E: Error>(_ body: () throws(E) -> R) throws(E) -> R {
@@ -66,7 +74,7 @@ public final class Condition: @unchecked Sendable {
         condition.initialize(to: pthread_cond_t())
         var attributes = pthread_condattr_t()
         pthread_condattr_init(&attributes)
-        // Waiting does not depend on what the time of day is set to.
+        // Waits with a limit are not to depend on what somebody sets the clock to.
         pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
         pthread_cond_init(condition, &attributes)
         pthread_condattr_destroy(&attributes)
@@ -81,14 +89,14 @@ public final class Condition: @unchecked Sendable {
     /// without a signal: callers look again at what they wait for.
     public func wait(holding lock: Lock) { pthread_cond_wait(condition, lock.mutex) }
 
-    /// The same, for some seconds at most.
-    public func wait(holding lock: Lock, seconds: Double) {
-        var end = timespec()
-        clock_gettime(CLOCK_MONOTONIC, &end)
-        let nanoseconds = end.tv_nsec + Int(max(0, min(seconds, 1e6)) * 1e9)
-        end.tv_sec += nanoseconds / 1_000_000_000
-        end.tv_nsec = nanoseconds % 1_000_000_000
-        pthread_cond_timedwait(condition, lock.mutex, &end)
+    /// The same, for no longer than up to a moment.
+    ///
+    /// - Parameter deadline: nanoseconds of the monotonic clock.
+    /// - Returns: false when the moment has come.
+    public func wait(holding lock: Lock, until deadline: UInt64) -> Bool {
+        var time = timespec(
+            tv_sec: Int(clamping: deadline / 1_000_000_000), tv_nsec: Int(deadline % 1_000_000_000))
+        return pthread_cond_timedwait(condition, lock.mutex, &time) != ETIMEDOUT
     }
 
     /// Wakes one of those who wait.

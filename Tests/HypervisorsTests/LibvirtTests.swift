@@ -179,6 +179,32 @@ struct LibvirtTests {
         #expect(session.disks.allSatisfy { $0.changedContext == nil && $0.downgrade != nil })
     }
 
+    /// After an external snapshot, changes of before it are not in the image's own bitmaps: all of the disk is read,
+    /// that below the image included.
+    private func offlineOverABackingFile(_ domain: Domain, _ provider: any Provider) throws {
+        try domain.lab(["virsh", "--", "destroy", "lab", "--graceful"])
+        let deadline = monotonicSeconds() + 30
+        while try provider.inspect().isRunning {
+            try require(monotonicSeconds() < deadline, "the domain does not end")
+            usleep(50_000)
+        }
+        let base = "\(domain.image).base"
+        try require(rename(domain.image, base) == 0, "renaming the image")
+        _ = try Tool.output("qemu-img", ["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", domain.image])
+        _ = try Tool.output("qemu-io", ["-f", "qcow2", "-c", "write -q -P 0x77 3M 64k", domain.image])
+        let session = try provider.begin(domain.wanted(since: "diskgate-r-2", "r-9"), ledger: domain.ledger())
+        #expect(session.disks[0].changedContext == nil)
+        #expect(session.disks[0].downgrade?.contains("backing file") == true, "\(session.disks[0])")
+        let device = try session.disks[0].source.open()
+        var copy = [UInt8](repeating: 0xEE, count: Int(device.info.size))
+        try copy.withUnsafeMutableBytes { try device.read(into: $0, at: 0) }
+        try session.check(isLast: true)
+        try session.finish(adopting: true)
+        let truth = domain.directory.file("truth.raw")
+        _ = try Tool.output("qemu-img", ["convert", "-f", "qcow2", "-O", "raw", domain.image, truth])
+        try requireEqual(copy, try contentOfFile(truth), "the copy of an image with a backing file")
+    }
+
     @Test func leftoversAndForeignThings() throws {
         try withDomain { domain, provider in
             // A crash after everything was made: the session is forgotten, the ledger is not.
@@ -223,6 +249,7 @@ struct LibvirtTests {
             #expect(try provider.unprotect() == ["removed the checkpoint diskgate-r-2"])
             #expect(try domain.checkpoints() == ["theirs"])
             #expect(try domain.leftovers().isEmpty)
+            try offlineOverABackingFile(domain, provider)
         }
     }
 }

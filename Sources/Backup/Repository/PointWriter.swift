@@ -262,7 +262,8 @@ extension Repository {
         let details = obligation.details
         guard obligation.kind == Self.partialObligation, let directory = details["machine"],
             let number = details["sequence"], let sequence = Int(number), let run = details["run"],
-            !directory.isEmpty, !directory.contains("/"), directory != "..", safeName(run, or: "") == run
+            !directory.isEmpty, !directory.utf8.contains(UInt8(ascii: "/")), directory != "..",
+            safeName(run, or: "") == run
         else { throw BlockError(.invalid, "removing what a run has left: \(obligation) is no such obligation") }
         let machine = RepositoryMachine(id: "", name: directory, directory: directory)
         if access(layout(machine).path, F_OK) < 0 && errno == ENOENT { return }

@@ -107,7 +107,8 @@ public final class BackupRun {
     private func prune(_ context: RunContext) {
         guard let rule = request.retention else { return }
         do throws(BlockError) {
-            let decisions = try context.repository.prune(context.place, keeping: rule, holding: context.lock)
+            let decisions = try context.repository.prune(
+                context.place, keeping: rule, holding: context.lock, cancellation: cancellation)
             report.removed = decisions.filter(\.isRemoved).map(\.point.sequence)
         } catch { report.warnings.append("removing points that are not to stay: \(error.message)") }
     }
@@ -152,7 +153,9 @@ public final class BackupRun {
     /// Finishes the removal of points that a crash has interrupted. One that cannot be finished is no reason not to
     /// make a new point.
     private func finishRemovals(of place: RepositoryMachine, in repository: Repository, holding lock: FileLock) {
-        do throws(BlockError) { _ = try repository.finishRemovals(of: place, holding: lock) } catch {
+        do throws(BlockError) {
+            _ = try repository.finishRemovals(of: place, holding: lock, cancellation: cancellation)
+        } catch {
             report.warnings.append("finishing the removal of a point: \(error.message)")
         }
     }

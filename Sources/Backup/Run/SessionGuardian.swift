@@ -19,12 +19,11 @@ final class SessionGuardian: Sendable {
         ///
         /// - Returns: whether it goes on.
         func wait(seconds: Double) -> Bool {
-            let end = monotonicSeconds() + seconds
+            let end = monotonicNanoseconds() + UInt64(max(0, seconds) * 1e9)
             return lock.withLock {
                 while !isStopped {
-                    let left = end - monotonicSeconds()
-                    if left <= 0 { return true }
-                    changed.wait(holding: lock, seconds: left)
+                    if monotonicNanoseconds() >= end { return true }
+                    _ = changed.wait(holding: lock, until: end)
                 }
                 return false
             }

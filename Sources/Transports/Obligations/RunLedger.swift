@@ -246,8 +246,13 @@ public final class RunLedger: Sendable {
             }
             run = entry.run ?? run
             if let made = entry.made {
+                let (next, overflow) = made.id.addingReportingOverflow(1)
+                if overflow {
+                    state.isDamaged = true
+                    continue
+                }
                 state.open.append(made)
-                state.next = max(state.next, made.id + 1)
+                state.next = max(state.next, next)
             }
             if let more = entry.learned, let index = state.open.firstIndex(where: { $0.id == more.id }) {
                 state.open[index] = more
