@@ -76,7 +76,7 @@ let package = Package(
             ],
             cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
-            name: "FormatsTests", dependencies: ["Block", "LinuxIO", "Formats", "CZlib", "CZstd"],
+            name: "FormatsTests", dependencies: ["Block", "LinuxIO", "Formats", "Support", "CZlib", "CZstd"],
             cSettings: gnuSource, swiftSettings: settings),
         .target(
             name: "Support", dependencies: ["Block", "LinuxIO"], path: "Tests/Support", cSettings: gnuSource,

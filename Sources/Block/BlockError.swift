@@ -27,6 +27,9 @@ public struct BlockError: Error, Sendable, CustomStringConvertible {
         case shutdown
         /// The bytes of an image contradict its format; reading on could give wrong data (EIO).
         case corrupt
+        /// What is being read was changed, moved or deleted by somebody else since it was opened: what would be read
+        /// now is not what was opened (EIO).
+        case changed
         /// Something that was named does not exist (ENOENT).
         case notFound
         /// The caller may not do this (EACCES).

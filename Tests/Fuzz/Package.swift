@@ -43,6 +43,7 @@ let package = Package(
         fuzzer("SidecarFuzz", ["Backup", "LinuxIO"]),
         fuzzer("StartTLSFuzz", ["LinuxIO", "NBD"]),
         fuzzer("TransmissionFuzz", ["LinuxIO", "NBD"]),
+        fuzzer("VMFSFuzz", ["Formats"]),
     ],
     swiftLanguageModes: [.v6]
 )

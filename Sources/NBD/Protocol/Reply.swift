@@ -5,7 +5,7 @@ extension BlockError.Kind {
     /// What a client is told (NBD protocol, "Error values").
     public var errorValue: UInt32 {
         switch self {
-        case .inputOutput, .corrupt, .notFound: NBD.ErrorValue.inputOutput
+        case .inputOutput, .corrupt, .changed, .notFound: NBD.ErrorValue.inputOutput
         case .noSpace: NBD.ErrorValue.noSpace
         case .readOnly, .denied: NBD.ErrorValue.notPermitted
         case .outOfRange, .invalid: NBD.ErrorValue.invalid
