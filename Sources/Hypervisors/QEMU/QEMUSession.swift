@@ -42,6 +42,12 @@ final class QEMUSession: SnapshotSession {
     func check(isLast: Bool) throws(BlockError) {
         let doing = "keeping the snapshot of \(place.name)"
         if let watching { try checkSpace(in: watching, reserve: reserve, doing: doing) }
+        do throws(BlockError) { try askQEMU(doing) } catch {
+            throw error.message.hasPrefix(doing) ? error : error.during(doing)
+        }
+    }
+
+    private func askQEMU(_ doing: String) throws(BlockError) {
         let known = try monitor.execute("query-jobs").elements
         for job in jobs {
             guard let found = known.first(where: { $0["id"]?.string == job }) else {
