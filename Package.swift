@@ -91,7 +91,8 @@ let package = Package(
             name: "LinuxIOTests", dependencies: ["Block", "CLinux", "LinuxIO", "Support"], cSettings: gnuSource,
             swiftSettings: settings),
         .testTarget(
-            name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
+            name: "TransportsTests", dependencies: ["Block", "Formats", "LinuxIO", "Support", "Transports"],
+            cSettings: gnuSource,
             swiftSettings: settings),
         .testTarget(
             name: "BackupTests",

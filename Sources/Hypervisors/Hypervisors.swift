@@ -1,5 +1,6 @@
 // Opens a virtual machine by its URI: the scheme says which hypervisor is asked.
 public import Block
+import Transports
 
 /// The hypervisors that diskgate knows.
 public enum Hypervisors {
@@ -85,4 +86,11 @@ enum OwnName {
 
     /// What identifies a run in names that may be at most 31 bytes long: 12 hexadecimal digits of its UUID.
     static func short(_ run: String) -> String { String(run.filter { $0 != "-" }.prefix(12)) }
+}
+
+extension Hypervisors {
+    /// Makes `hotadd:` sources that name a controller open in this process. Called once, at its start.
+    public static func openHotAddControllers() {
+        HotAddControllers.open { (uri) throws(BlockError) in try QEMUHotAdd(uri) }
+    }
 }

@@ -182,6 +182,8 @@ extension Obligation {
                 + "checkpoint-delete"
         case "repository.partial":
             return "files of point \(name("sequence")), which was never made, may stay in \(name("repository"))"
+        case "hotadd.disk": return "the disk \(name("id")) may stay added at \(name("controller"))"
+        case "node.read-only": return "\(name("node")) may stay read-only: blockdev --setrw makes it writable"
         default: return "what it stands for may stay"
         }
     }

@@ -120,7 +120,9 @@ public final class BackupRun {
     private func awaitOthers(until deadline: Double) throws(BlockError) {
         let doctor = Doctor(stateDirectory: request.stateDirectory)
         while true {
-            let runs = try doctor.list(machine: request.machine).findings.filter(\.isGoingOn)
+            let runs = try doctor.list(machine: request.machine).findings.filter {
+                $0.isGoingOn && $0.run.repository != nil
+            }
             guard let other = runs.first else { return }
             if monotonicSeconds() >= deadline {
                 throw BlockError(

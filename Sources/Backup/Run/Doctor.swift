@@ -99,7 +99,7 @@ public struct Doctor: Sendable {
         if let damage = ledger.damage { finding.problems.append(damage) }
         var giver = ObligationGiver(run: ledger.run, lock: lock)
         var left: [Obligation] = []
-        for obligation in ledger.obligations.reversed() {
+        for obligation in ledger.obligations.reversed() where !obligation.isHeldByHand {
             if let user = left.first(where: { $0.holdsBack(obligation) }) {
                 finding.problems.append("\(obligation.kind): it waits for \(user.kind), which may still use it")
                 continue
@@ -133,6 +133,8 @@ private struct ObligationGiver {
     }
 
     mutating func giveBack(_ obligation: Obligation) throws(BlockError) {
+        if obligation.kind == "hotadd.disk" { return try HotAddTask().giveBack(obligation, force: false) }
+        if obligation.kind == "node.read-only" { return try obligation.makeNodeWritable() }
         if obligation.kind.hasPrefix("repository.") {
             return try openRepository().settle(obligation, holding: lock)
         }
