@@ -223,6 +223,7 @@ struct LibvirtTests {
             }
             #expect(try domain.leftovers().isEmpty)
             #expect(try domain.checkpoints().isEmpty)
+            let socket = domain.directory.file("theirs.sock")
             // A foreign checkpoint stays, whatever is done to ours; a missing one means a full.
             try domain.lab(["virsh", "--", "checkpoint-create-as", "lab", "theirs"])
             let other = try domain.ledger()
@@ -233,6 +234,17 @@ struct LibvirtTests {
             #expect(throws: BlockError.self) { try provider.begin(domain.wanted("r-9"), ledger: try domain.ledger()) }
             try session.check(isLast: true)
             try session.finish(adopting: true)
+            #expect(try domain.checkpoints() == ["theirs", "diskgate-r-1"])
+            // Nor is it taken for ours, which somebody has ended.
+            let ended = try provider.begin(domain.wanted("r-5"), ledger: other)
+            let theirs = try domain.directory.makeFile(
+                "theirs.xml",
+                Array("<domainbackup mode='pull'><server transport='unix' socket='\(socket)'/></domainbackup>".utf8))
+            try domain.lab(["virsh", "--", "domjobabort", "lab"])
+            try domain.lab(["virsh", "--", "backup-begin", "lab", theirs])
+            try requireError(.inputOutput, "another one has begun") { try ended.check(isLast: true) }
+            try domain.lab(["virsh", "--", "domjobabort", "lab"])
+            try ended.finish(adopting: false)
             #expect(try domain.checkpoints() == ["theirs", "diskgate-r-1"])
             // A bitmap that was removed behind libvirt's back.
             let removal: JSONValue = [

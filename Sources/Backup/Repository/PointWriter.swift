@@ -150,8 +150,15 @@ public final class PointWriter: Sendable {
 
     /// Gives the point up and removes all that was written of it.
     ///
-    /// - Throws: `BlockError` when something cannot be removed; it then stands in the ledger.
+    /// - Throws: `BlockError` when something cannot be removed, or the repository is not where it was; it then stands
+    ///   in the ledger.
     public func abandon() throws(BlockError) {
+        if !Repository.exists(at: repository.path) {
+            throw BlockError(
+                .notFound,
+                "the repository \(repository.path) is not there any more; when it is back, diskgate doctor --fix "
+                    + "removes point \(sequence), which was not finished")
+        }
         try repository.removePartial(request.machine, sequence: sequence, run: request.run)
         if let obligation { try request.ledger?.settle(obligation) }
     }
@@ -175,8 +182,8 @@ extension Repository {
         let obligation = try request.ledger?.intend(
             Self.partialObligation,
             [
-                "repository": path, "machine": request.machine.directory, "sequence": String(sequence),
-                "run": request.run,
+                "repository": path, "id": try identity(), "machine": request.machine.directory,
+                "sequence": String(sequence), "run": request.run,
             ])
         Step.reached("point.intended")
         do throws(BlockError) {
@@ -256,8 +263,9 @@ extension Repository {
     /// was not committed. A point that was committed stays. Done again, it changes nothing.
     ///
     /// - Parameter lock: of `lockMachine` for the obligation's machine, where the caller has it; otherwise it is taken.
-    /// - Throws: `.denied` while a run or pruning of the machine is going on: the obligation stays; `.invalid` for an
-    ///   obligation of another kind or repository, or `BlockError` when a file stays.
+    /// - Throws: `.denied` while a run or pruning of the machine is going on, or when another repository is where the
+    ///   obligation's was: the obligation stays; `.invalid` for an obligation of another kind, or `BlockError` when a
+    ///   file stays.
     public func settle(_ obligation: Obligation, holding lock: FileLock? = nil) throws(BlockError) {
         let details = obligation.details
         guard obligation.kind == Self.partialObligation, let directory = details["machine"],
@@ -265,6 +273,12 @@ extension Repository {
             !directory.isEmpty, !directory.utf8.contains(UInt8(ascii: "/")), directory != "..",
             safeName(run, or: "") == run
         else { throw BlockError(.invalid, "removing what a run has left: \(obligation) is no such obligation") }
+        if let id = details["id"], try identity() != id {
+            throw BlockError(
+                .denied,
+                "removing what a run has left of point \(sequence): another repository is at \(path) now; is the file "
+                    + "system of the right one mounted?")
+        }
         let machine = RepositoryMachine(id: "", name: directory, directory: directory)
         if access(layout(machine).path, F_OK) < 0 && errno == ENOENT { return }
         let own = lock?.path == layout(machine).machineLock ? lock : try lockMachine(machine)

@@ -77,11 +77,14 @@ public final class BackupRun {
     private func perform() throws(BlockError) {
         let provider = try Hypervisors.open(request.machine)
         report.machine = provider.name
+        let deadline = monotonicSeconds() + Double(request.waitSeconds)
+        // Not only for the lock: the machine itself may talk to nobody else while it is backed up.
+        try awaitOthers(until: deadline)
         let (id, name) = try provider.identify()
         report.machineName = name
         let repository = try Repository.openOrCreate(at: request.repository)
         let place = try repository.enroll(id: id, name: name)
-        let lock = try lockMachine(place, in: repository)
+        let lock = try lockMachine(place, in: repository, until: deadline)
         giveBackEarlier(holding: lock)
         finishRemovals(of: place, in: repository, holding: lock)
         // Only now: who had the lock before, or what was given back, may have changed what is known of the disks.
@@ -120,8 +123,28 @@ public final class BackupRun {
         return machine
     }
 
-    private func lockMachine(_ machine: RepositoryMachine, in repository: Repository) throws(BlockError) -> FileLock {
-        let deadline = monotonicSeconds() + Double(request.waitSeconds)
+    /// Waits until no run of the machine is going on that keeps its ledger here, into whatever repository.
+    private func awaitOthers(until deadline: Double) throws(BlockError) {
+        let doctor = Doctor(stateDirectory: request.stateDirectory)
+        while true {
+            let runs = try doctor.list(machine: request.machine).findings.filter {
+                $0.isGoingOn && $0.run.repository != nil
+            }
+            guard let other = runs.first else { return }
+            if monotonicSeconds() >= deadline {
+                throw BlockError(
+                    .denied,
+                    "backing up \(request.machine): another run of it is going on (\(other.run.id), process "
+                        + "\(other.run.process)); --wait waits for it")
+            }
+            try cancellation.check("waiting for another run of \(request.machine)")
+            usleep(200_000)
+        }
+    }
+
+    private func lockMachine(
+        _ machine: RepositoryMachine, in repository: Repository, until deadline: Double
+    ) throws(BlockError) -> FileLock {
         while true {
             do throws(BlockError) { return try repository.lockMachine(machine) } catch {
                 if error.kind != .denied || monotonicSeconds() >= deadline { throw error }
@@ -249,7 +272,10 @@ public final class BackupRun {
             try store(disks, session, guardian, context)
         } catch {
             // What made the snapshot useless is the reason, not the copy that was ended for it.
-            throw guardian.failure ?? error
+            if let failure = guardian.failure { throw failure }
+            if cancellation.isCancelled { throw error }
+            do throws(BlockError) { try guardian.verdict() } catch let reason { throw reason.followed(by: error) }
+            throw error
         }
     }
 

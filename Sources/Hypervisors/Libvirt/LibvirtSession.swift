@@ -25,8 +25,14 @@ final class LibvirtSession: OfferingSession {
             last = monotonicSeconds()
             return true
         }
-        if isDue, try place.runningBackup() == nil {
+        guard isDue else { return }
+        guard let backup = try place.runningBackup() else {
             throw BlockError(.inputOutput, "\(doing): libvirt's backup has ended by itself")
+        }
+        let own = obligations.first { $0.kind == "libvirt.backup" }
+        if let own, !backup.isMeant(by: own.details) {
+            throw BlockError(
+                .inputOutput, "\(doing): libvirt's backup has ended, and another one has begun (\(backup.server))")
         }
     }
 
@@ -51,13 +57,14 @@ struct LibvirtRelease {
     ///   do its checkpoint and its directories.
     func settleAll(_ obligations: [Obligation], of ledger: RunLedger, adopted: Bool) throws(BlockError) {
         var failure: BlockError?
-        for obligation in obligations.reversed() {
+        var left: [Obligation] = []
+        for obligation in obligations.reversed() where !left.contains(where: { $0.holdsBack(obligation) }) {
             do throws(BlockError) {
                 try settle(obligation, adopted: adopted)
                 try ledger.settle(obligation)
             } catch {
                 failure = failure ?? error
-                if obligation.kind == "libvirt.backup" { break }
+                left.append(obligation)
             }
         }
         if let failure { throw failure }

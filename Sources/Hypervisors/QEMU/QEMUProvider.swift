@@ -6,6 +6,8 @@ import Transports
 /// A virtual machine of a QEMU whose monitor can be reached.
 final class QEMUProvider: Provider {
     let place: QEMUPlace
+    /// Why QEMU could not be reached for giving something back.
+    private let silence = Locked<BlockError?>(nil)
 
     init(_ place: QEMUPlace) { self.place = place }
 
@@ -106,7 +108,9 @@ final class QEMUProvider: Provider {
     }
 
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {
-        try QEMURelease(place).settle(obligation, adopted: adopted)
+        let release = QEMURelease(place, silence: silence.withLock { $0 })
+        defer { silence.withLock { $0 = release.silence } }
+        try release.settle(obligation, adopted: adopted)
     }
 }
 

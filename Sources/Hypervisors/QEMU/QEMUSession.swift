@@ -21,6 +21,12 @@ final class QEMUSession: OfferingSession {
     func check(isLast: Bool) throws(BlockError) {
         let doing = "keeping the snapshot of \(place.name)"
         try checkScratchSpace(doing: doing)
+        do throws(BlockError) { try askQEMU(doing) } catch {
+            throw error.message.hasPrefix(doing) ? error : error.during(doing)
+        }
+    }
+
+    private func askQEMU(_ doing: String) throws(BlockError) {
         let known = try monitor.execute("query-jobs").elements
         for job in jobs {
             guard let found = known.first(where: { $0["id"]?.string == job }) else {

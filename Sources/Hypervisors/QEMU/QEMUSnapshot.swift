@@ -76,7 +76,8 @@ final class QEMUSnapshot {
             details: identity?.details ?? [:])
         var outcome = try moment.pass { () throws(BlockError) in
             Step.reached("qemu.before-transaction")
-            try monitor.execute("transaction", ["actions": .list(actions)], seconds: 15)
+            try monitor.execute(
+                "transaction", ["actions": .list(actions)], seconds: min(monitor.commandSeconds, 15))
             Step.reached("qemu.transaction")
         }
         outcome.warnings = warnings + outcome.warnings
@@ -93,12 +94,15 @@ final class QEMUSnapshot {
         var export: [String: JSONValue] = [
             "type": "nbd", "id": .text(part.name), "node-name": .text(part.name), "name": .text(part.disk.id),
             "writable": false,
+            // Whoever connects again is told whether this is still the same point in time.
+            "description": .text("diskgate run \(short)"),
         ]
         if part.since != nil { export["bitmaps"] = [.text(Self.changedBitmap)] }
         try monitor.execute("block-export-add", .object(export))
         Step.reached("qemu.export")
         var disk = SnapshotDisk(
             id: part.disk.id, size: part.disk.size, source: try place.source(part.disk.id, socket: socket))
+        disk.answerSeconds = place.answerSeconds
         disk.changedContext = part.since.map { _ in "qemu:dirty-bitmap:\(Self.changedBitmap)" }
         disk.downgrade = part.downgrade
         disk.checkpoint = part.checkpoint
@@ -297,7 +301,7 @@ extension QMPClient {
     /// Runs blockdev-create to its end.
     func create(_ options: JSONValue, job: String) throws(BlockError) {
         try execute("blockdev-create", ["job-id": .text(job), "options": options])
-        let deadline = monotonicSeconds() + Self.commandSeconds
+        let deadline = monotonicSeconds() + commandSeconds
         while true {
             let jobs = try execute("query-jobs").elements
             guard let found = jobs.first(where: { $0["id"]?.string == job }) else {

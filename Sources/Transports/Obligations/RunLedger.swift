@@ -74,20 +74,18 @@ public final class RunLedger: Sendable {
 
     /// Takes over the ledgers of runs that are over: those whose lock is free. The latest run comes first.
     ///
-    /// - Parameter machine: only those of this machine; nil for all.
+    /// - Parameter isMeant: whether a run is meant; all are by default.
     /// - Returns: the ledgers, and why files could not be taken over; one bad file does not keep the others.
     /// - Throws: `BlockError` when the directory cannot be read.
-    public static func takeAbandoned(stateDirectory: String, machine: String? = nil) throws(BlockError) -> (
-        ledgers: [RunLedger], problems: [String]
-    ) {
+    public static func takeAbandoned(
+        stateDirectory: String, where isMeant: (RunIdentity) -> Bool = { _ in true }
+    ) throws(BlockError) -> (ledgers: [RunLedger], problems: [String]) {
         var ledgers: [RunLedger] = []
         var problems: [String] = []
         for path in try files(in: stateDirectory, ending: ".run") {
             do throws(BlockError) {
                 guard let (lock, run, state) = try load(path, .exclusive), let lock else { continue }
-                if machine == nil || run.machine == machine {
-                    ledgers.append(RunLedger(run: run, path: path, lock: lock, state: state))
-                }
+                if isMeant(run) { ledgers.append(RunLedger(run: run, path: path, lock: lock, state: state)) }
             } catch { problems.append(error.message) }
         }
         removeUnborn(in: stateDirectory)
@@ -178,9 +176,10 @@ public final class RunLedger: Sendable {
 
     /// Ends the ledger: it is removed when everything is given back, and stays for `diskgate doctor` otherwise.
     ///
+    /// - Parameter forgettingDamage: whether what lines that make no sense stood for is given up.
     /// - Throws: `BlockError` when the file cannot be removed.
-    public func end() throws(BlockError) {
-        guard state.withLock({ $0.open.isEmpty && !$0.isDamaged }) else { return }
+    public func end(forgettingDamage: Bool = false) throws(BlockError) {
+        guard state.withLock({ $0.open.isEmpty && (forgettingDamage || !$0.isDamaged) }) else { return }
         if unlink(path) < 0 && errno != ENOENT { throw BlockError(errno: errno, "removing the run's ledger \(path)") }
         try syncDirectory(directoryName(path))
     }
