@@ -18,10 +18,13 @@ let package = Package(
     products: [
         .executable(name: "diskgate", targets: ["diskgate"]),
         // For Tests/Fuzz, a package of its own.
+        .library(name: "Backup", targets: ["Backup"]),
         .library(name: "Block", targets: ["Block"]),
         .library(name: "LinuxIO", targets: ["LinuxIO"]),
         .library(name: "Formats", targets: ["Formats"]),
+        .library(name: "Hypervisors", targets: ["Hypervisors"]),
         .library(name: "NBD", targets: ["NBD"]),
+        .library(name: "Transports", targets: ["Transports"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
@@ -84,14 +87,16 @@ let package = Package(
         .testTarget(
             name: "NBDTests",
             dependencies: [
-                "Block", "CLinux", "LinuxIO", "NBD", "Support", .product(name: "Logging", package: "swift-log"),
+                "Backup", "Block", "CLinux", "LinuxIO", "NBD", "Support",
+                .product(name: "Logging", package: "swift-log"),
             ],
             cSettings: gnuSource, swiftSettings: settings),
         .testTarget(
             name: "LinuxIOTests", dependencies: ["Block", "CLinux", "LinuxIO", "Support"], cSettings: gnuSource,
             swiftSettings: settings),
         .testTarget(
-            name: "TransportsTests", dependencies: ["Block", "LinuxIO", "Support", "Transports"], cSettings: gnuSource,
+            name: "TransportsTests", dependencies: ["Block", "Formats", "LinuxIO", "Support", "Transports"],
+            cSettings: gnuSource,
             swiftSettings: settings),
         .testTarget(
             name: "BackupTests",

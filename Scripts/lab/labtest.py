@@ -102,7 +102,11 @@ class Lab:
         make_file_system(self.path("fs.img"), self.path("files"))
         carried = [word for path in (self.binary, *map(shutil.which, self.programs)) for word in ("--bin", path)]
         carried += [word for file in self.files_carried for word in ("--file", file)]
-        self.ports = self.proxy_vm("start", "--forward", str(PORT), *carried)["ports"]
+        # The guest's way to the monitor of its own QEMU, which adds disks to it.
+        self.monitor_port = free_port()
+        own = "tcp:127.0.0.1:%d,server=on,wait=off" % self.monitor_port
+        self.ports = self.proxy_vm("start", "--forward", str(PORT), "--qemu-arg=-qmp", "--qemu-arg=" + own,
+                                   *carried)["ports"]
         self.vm = labvm.VM(self.work, "proxy")
         self.guest("modprobe nbd")
 

@@ -61,4 +61,7 @@ public struct BlockError: Error, Sendable, CustomStringConvertible {
 
     /// The same failure with its circumstances put in front.
     public func during(_ doing: String) -> BlockError { BlockError(kind, "\(doing): \(message)") }
+
+    /// The error with what came of it.
+    public func followed(by other: BlockError) -> BlockError { BlockError(kind, "\(message) (\(other.message))") }
 }

@@ -18,6 +18,14 @@ public final class Lock: @unchecked Sendable {
         mutex.deallocate()
     }
 
+    /// Takes the lock, for loops that give it back in the middle and work without it; others use `withLock`.
+    @inlinable @inline(__always)
+    public func lock() { pthread_mutex_lock(mutex) }
+
+    /// Gives the lock back, which the caller holds.
+    @inlinable @inline(__always)
+    public func unlock() { pthread_mutex_unlock(mutex) }
+
     /// Runs the body while holding the lock.
     @inlinable @inline(__always)
     public func withLock<R: ~Copyable, E: Error>(_ body: () throws(E) -> R) throws(E) -> R {
@@ -64,7 +72,12 @@ public final class Condition: @unchecked Sendable {
     public init() {
         condition = .allocate(capacity: 1)
         condition.initialize(to: pthread_cond_t())
-        pthread_cond_init(condition, nil)
+        var attributes = pthread_condattr_t()
+        pthread_condattr_init(&attributes)
+        // Waits with a limit are not to depend on what somebody sets the clock to.
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+        pthread_cond_init(condition, &attributes)
+        pthread_condattr_destroy(&attributes)
     }
 
     deinit {
@@ -75,6 +88,16 @@ public final class Condition: @unchecked Sendable {
     /// Gives the lock back, which the caller holds, until the condition is signalled, and takes it again. May return
     /// without a signal: callers look again at what they wait for.
     public func wait(holding lock: Lock) { pthread_cond_wait(condition, lock.mutex) }
+
+    /// The same, for no longer than up to a moment.
+    ///
+    /// - Parameter deadline: nanoseconds of the monotonic clock.
+    /// - Returns: false when the moment has come.
+    public func wait(holding lock: Lock, until deadline: UInt64) -> Bool {
+        var time = timespec(
+            tv_sec: Int(clamping: deadline / 1_000_000_000), tv_nsec: Int(deadline % 1_000_000_000))
+        return pthread_cond_timedwait(condition, lock.mutex, &time) != ETIMEDOUT
+    }
 
     /// Wakes one of those who wait.
     public func signal() { pthread_cond_signal(condition) }

@@ -6,6 +6,7 @@
 #include <link.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
+#include <linux/netlink.h>
 #include <linux/openat2.h>
 #include <linux/vm_sockets.h>
 #include <netinet/in.h>
@@ -106,6 +107,13 @@ void dg_block_unguard(int fd) {
     pthread_mutex_unlock(&guard_lock);
 }
 
+int dg_block_make_writable(int fd) {
+    int writable = 0;
+    return checked(ioctl(fd, BLKROSET, &writable));
+}
+
+int dg_block_drop_cache(int fd) { return checked(ioctl(fd, BLKFLSBUF, 0)); }
+
 int dg_block_discard(int fd, uint64_t offset, uint64_t length) {
     uint64_t range[2] = {offset, length};
     return checked(ioctl(fd, BLKDISCARD, range));
@@ -147,6 +155,11 @@ int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset) {
 bool dg_is_in_memory(int fd) {
     struct statfs status;
     return fstatfs(fd, &status) == 0 && (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC);
+}
+
+bool dg_writes_directly(int fd) {
+    struct statfs status;
+    return fstatfs(fd, &status) == 0 && (status.f_type == EXT4_SUPER_MAGIC || status.f_type == XFS_SUPER_MAGIC);
 }
 
 int dg_set_flags(int fd, int flags) { return checked(fcntl(fd, F_SETFL, flags)); }
@@ -249,4 +262,27 @@ void dg_forget_startup_pages(void) { dl_iterate_phdr(forget_segments, NULL); }
 long dg_thread_blocks_read(void) {
     struct rusage usage;
     return getrusage(RUSAGE_THREAD, &usage) < 0 ? 0 : usage.ru_inblock;
+}
+
+int dg_uevent_open(void) {
+    int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_KOBJECT_UEVENT);
+    if (fd < 0) return -errno;
+    struct sockaddr_nl address = {.nl_family = AF_NETLINK, .nl_groups = 1};
+    if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0) {
+        int error = errno;
+        close(fd);
+        return -error;
+    }
+    return fd;
+}
+
+long dg_uevent_read(int fd, void *buffer, unsigned long size) {
+    for (;;) {
+        struct sockaddr_nl sender = {0};
+        socklen_t length = sizeof sender;
+        ssize_t count = recvfrom(fd, buffer, size, 0, (struct sockaddr *)&sender, &length);
+        if (count < 0) return -errno;
+        // Any process with the right to it may send to the group; the kernel is 0.
+        if (sender.nl_pid == 0) return count;
+    }
 }

@@ -1,6 +1,7 @@
 // `mount` and `unmount`: a server of our own, the kernel's NBD client on its socket, a file system on that, and back.
 public import Block
 import Formats
+import Formats
 import FoundationEssentials
 import Glibc
 import LinuxIO

@@ -1,5 +1,6 @@
 // Opens a virtual machine by its URI: the scheme says which hypervisor is asked.
 public import Block
+import Transports
 
 /// The hypervisors that diskgate knows.
 public enum Hypervisors {
@@ -8,6 +9,19 @@ public enum Hypervisors {
 
     /// URI schemes of hypervisors that this version does not know, and what they are.
     private static let notYet = ["vsphere": "vSphere", "scp": "Sangfor SCP"]
+
+    /// Whether two URIs name one machine, whatever else they say of how it is to be reached and backed up.
+    public static func areSame(_ one: String, _ other: String) -> Bool {
+        if one == other { return true }
+        guard let one = place(one), let other = place(other) else { return false }
+        return one == other
+    }
+
+    /// Where a machine is: its monitor, or its libvirt and its name; nil for what is no URI of a machine.
+    private static func place(_ text: String) -> [String]? {
+        if text.hasPrefix("libvirt:") { return (try? LibvirtPlace(text)).map { [$0.virsh.uri, $0.domain] } }
+        return (try? QEMUPlace(MachineURI(text))).map { ["\($0.monitor)"] }
+    }
 
     /// Opens a machine: `qmp+unix:PATH[?agent=PATH]`, `qmp+tcp:HOST:PORT?nbd=HOST:PORT&scratch=DIRECTORY[...]`,
     /// `libvirt:URI/DOMAIN`. Nothing is asked of the hypervisor yet.
@@ -72,4 +86,11 @@ enum OwnName {
 
     /// What identifies a run in names that may be at most 31 bytes long: 12 hexadecimal digits of its UUID.
     static func short(_ run: String) -> String { String(run.filter { $0 != "-" }.prefix(12)) }
+}
+
+extension Hypervisors {
+    /// Makes `hotadd:` sources that name a controller open in this process. Called once, at its start.
+    public static func openHotAddControllers() {
+        HotAddControllers.open { (uri) throws(BlockError) in try QEMUHotAdd(uri) }
+    }
 }

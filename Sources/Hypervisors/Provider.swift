@@ -10,6 +10,11 @@ public protocol Provider: AnyObject, Sendable {
     /// The machine as the user named it, without secrets.
     var name: String { get }
 
+    /// Asks the hypervisor which machine it is: what has to be known before anything else of it may be trusted to stay.
+    ///
+    /// - Returns: `VirtualMachine.id` and its name.
+    func identify() throws(BlockError) -> (id: String, name: String)
+
     /// Asks the hypervisor about the machine.
     func inspect() throws(BlockError) -> VirtualMachine
 
@@ -25,7 +30,7 @@ public protocol Provider: AnyObject, Sendable {
     func resetTracking() throws(BlockError) -> [String]
 
     /// Freezes where that is asked for and possible, makes one point in time of all disks, thaws, and offers the disks
-    /// for reading.
+    /// for reading. What `inspect` has found last may be relied on once.
     ///
     /// When it throws, nothing stays behind: what was made is undone, or still stands in the ledger.
     func begin(_ request: SnapshotRequest, ledger: RunLedger) throws(BlockError) -> any SnapshotSession
@@ -36,6 +41,13 @@ public protocol Provider: AnyObject, Sendable {
     /// - Parameter adopted: whether the run's restore point is durable, so that its checkpoint takes the place of the
     ///   one before; otherwise what changed since is merged back into that, so that nothing is missed.
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError)
+}
+
+extension Provider {
+    public func identify() throws(BlockError) -> (id: String, name: String) {
+        let machine = try inspect()
+        return (machine.id, machine.name)
+    }
 }
 
 /// Whether file systems in the guest are to be frozen for the moment of the snapshot.
@@ -133,6 +145,8 @@ public struct SnapshotDisk: Sendable {
     public var size: UInt64
     /// Where it can be read: an NBD URI or another source.
     public var source: SourceReference
+    /// Seconds that its server has for each answer; nil for the usual.
+    public var answerSeconds: Int?
     /// The meta context that tells what changed since the wanted checkpoint (`qemu:dirty-bitmap:...`); nil where the
     /// whole disk has to be read.
     public var changedContext: String?
@@ -147,4 +161,44 @@ public struct SnapshotDisk: Sendable {
         self.size = size
         self.source = source
     }
+}
+
+extension Obligation {
+    /// Whether another obligation of the same run has to wait for this one, which could not be given back: it stands
+    /// for what this one may still use. All others are given back: a job is ended although nobody can tell what is to
+    /// become of its checkpoint, and a guest is thawed whatever else has failed.
+    public func holdsBack(_ other: Obligation) -> Bool {
+        switch kind {
+        case "qemu.job", "qemu.server", "qemu.node": other.kind == "qemu.directory"
+        case "libvirt.backup": ["libvirt.checkpoint", "libvirt.directory"].contains(other.kind)
+        default: false
+        }
+    }
+
+    /// What may stay for ever when nobody gives this back any more, and what can be done about it, for people.
+    public var price: String {
+        let run = details["run"].map { " dg-\($0)-*" } ?? ""
+        switch kind {
+        case "guest.freeze": return "the guest's file systems may be frozen: look whether it can write, and thaw it"
+        case "qemu.job": return "QEMU may go on copying what the guest overwrites, until it ends (job \(name("job")))"
+        case "qemu.node": return "QEMU may keep the node \(name("node")) until it ends"
+        case "qemu.server": return "QEMU may go on serving disks, until it ends (exports\(run))"
+        case "qemu.checkpoint":
+            return "the bitmap \(name("checkpoint")) may stay on the disk \(name("disk")), where it costs room and "
+                + "time: diskgate unprotect removes it, or qemu-img bitmap --remove IMAGE \(name("checkpoint"))"
+        case "qemu.directory", "libvirt.directory":
+            return "scratch files may stay in \(name("path")): remove that when nobody uses it any more"
+        case "libvirt.backup": return "libvirt's backup may go on: virsh domjobabort ends it"
+        case "libvirt.checkpoint":
+            return "the checkpoint \(name("checkpoint")) may stay: diskgate unprotect removes it, or virsh "
+                + "checkpoint-delete"
+        case "repository.partial":
+            return "files of point \(name("sequence")), which was never made, may stay in \(name("repository"))"
+        case "hotadd.disk": return "the disk \(name("id")) may stay added at \(name("controller"))"
+        case "node.read-only": return "\(name("node")) may stay read-only: blockdev --setrw makes it writable"
+        default: return "what it stands for may stay"
+        }
+    }
+
+    private func name(_ key: String) -> String { details[key] ?? "(unknown)" }
 }

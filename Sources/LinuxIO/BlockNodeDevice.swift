@@ -18,11 +18,18 @@ public final class BlockNodeDevice: BlockDevice {
     public static func open(_ path: String, _ options: RawOptions = RawOptions()) throws(BlockError)
         -> BlockNodeDevice
     {
+        try BlockNodeDevice(openNode(path, options), name: path, options)
+    }
+
+    /// Opens a block node's descriptor as the options ask.
+    ///
+    /// - Throws: as `open`.
+    public static func openNode(_ path: String, _ options: RawOptions) throws(BlockError) -> Descriptor {
         var flags = options.isWritable ? O_RDWR : O_RDONLY
         if options.isDirect { flags |= O_DIRECT }
         if options.isExclusive || options.isWritable { flags |= O_EXCL }
         do throws(BlockError) {
-            return try BlockNodeDevice(Descriptor.open(path, flags), name: path, options)
+            return try Descriptor.open(path, flags)
         } catch  where error.message.contains(systemErrorText(EBUSY)) {
             throw BlockError(
                 error.kind,
@@ -32,7 +39,6 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     /// A device over an open block node, which it keeps open.
-    ///
     /// - Throws: `BlockError`: it is no block node, tells no size, or cannot be had as the options ask.
     public init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
         let status = try node.status()
@@ -49,9 +55,10 @@ public final class BlockNodeDevice: BlockDevice {
         info.preferredBlock = limits.preferred
         info.writesArePrompt = options.isWritable && !options.isDirect
         info.canDiscard = options.isWritable
-        let sysfs = NodeIdentity(status.st_rdev)
-        info.isRotational = sysfs.isRotational
-        info.identity = sysfs.facts
+        if let disk = try? DiskInventory().disk(of: node) {
+            info.isRotational = disk.isRotational
+            info.identity = disk.identity
+        }
         var diskSequence: UInt64 = 0
         if dg_block_disk_sequence(node.number, &diskSequence) == 0 {
             info.identity.append(("diskseq", String(diskSequence)))

@@ -124,13 +124,15 @@ public enum ChildProgram {
 
     /// Runs a program that ends by itself, and takes what it says.
     ///
-    /// - Parameter seconds: when it has taken longer, it is killed with all that it started.
+    /// - Parameters:
+    ///   - seconds: when it has taken longer, it is killed with all that it started.
+    ///   - environment: NAME=VALUE, besides ours.
     /// - Returns: its exit status, its standard output and its standard error.
     /// - Throws: `BlockError` when it cannot be started or takes too long.
-    public static func run(_ words: [String], seconds: Double) throws(BlockError) -> (
+    public static func run(_ words: [String], seconds: Double, environment: [String] = []) throws(BlockError) -> (
         status: Int32, output: [UInt8], errors: [UInt8]
     ) {
-        let (process, output, errors) = try startPiped(words)
+        let (process, output, errors) = try startPiped(words, environment)
         let deadline = monotonicSeconds() + seconds
         let said = readAll([output, errors], deadline: deadline)
         // It may have closed what it says things on, and go on nevertheless.
@@ -146,10 +148,13 @@ public enum ChildProgram {
 
     /// Starts a program whose standard output and error can be read. Their other ends are closed here, so that
     /// they end with the program.
-    private static func startPiped(_ words: [String]) throws(BlockError) -> (pid_t, Descriptor, Descriptor) {
+    private static func startPiped(_ words: [String], _ environment: [String]) throws(BlockError) -> (
+        pid_t, Descriptor, Descriptor
+    ) {
         let (output, outputEnd) = try pipe()
         let (errors, errorsEnd) = try pipe()
-        let process = try start(words, input: nil, output: outputEnd.number, errors: errorsEnd.number)
+        let process = try start(
+            words, input: nil, output: outputEnd.number, errors: errorsEnd.number, environment: environment)
         return (process, output, errors)
     }
 

@@ -27,7 +27,8 @@ public func renameDurably(_ old: String, to new: String) throws(BlockError) {
     if directoryName(old) != directoryName(new) { try syncDirectory(directoryName(old)) }
 }
 
-/// Writes a small file in one step: after a crash it has the old content or the new.
+/// Writes a small file in one step: after a crash it has the old content or the new. Of several who write it at once,
+/// the last one's content stays.
 ///
 /// - Parameters:
 ///   - mode: its permissions.
@@ -36,9 +37,8 @@ public func renameDurably(_ old: String, to new: String) throws(BlockError) {
 public func writeDurably(
     _ path: String, _ bytes: [UInt8], mode: UInt32 = 0o600, whenWritten: () -> Void = {}
 ) throws(BlockError) {
-    let aside = "\(path).partial"
-    unlink(aside)
-    let file = try Descriptor.open(aside, O_WRONLY | O_CREAT | O_EXCL, mode: mode)
+    removeLeftovers(of: path)
+    let (file, aside) = try openAside(path, mode: mode)
     do throws(BlockError) {
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: max(bytes.count, 1), alignment: 1)
         defer { buffer.deallocate() }
@@ -50,6 +50,38 @@ public func writeDurably(
     } catch {
         unlink(aside)
         throw error
+    }
+}
+
+/// Makes a file of a name of its own beside a path, locked for as long as it is open: `PATH.` 16 digits `.partial`.
+private func openAside(_ path: String, mode: UInt32) throws(BlockError) -> (Descriptor, path: String) {
+    while true {
+        let digits = String(UInt64.random(in: 0...UInt64.max), radix: 16)
+        let aside = "\(path).\(String(repeating: "0", count: 16 - digits.count))\(digits).partial"
+        let file = try Descriptor.open(aside, O_WRONLY | O_CREAT | O_EXCL, mode: mode)
+        // Somebody may have taken it for a leftover before it was locked.
+        var named = stat()
+        let ours = try file.status()
+        if flock(file.number, LOCK_EX | LOCK_NB) == 0, stat(aside, &named) == 0, named.st_ino == ours.st_ino,
+            named.st_dev == ours.st_dev
+        {
+            return (file, aside)
+        }
+    }
+}
+
+/// Removes what writers of a file have left that did not come to their end. Those that are still writing hold a lock.
+private func removeLeftovers(of path: String) {
+    let directory = directoryName(path)
+    let start = String(decoding: path.utf8.split(separator: UInt8(ascii: "/")).last ?? [], as: UTF8.self) + "."
+    for name in (try? namesInDirectory(directory)) ?? [] where name.hasPrefix(start) && name.hasSuffix(".partial") {
+        let digits = name.dropFirst(start.count).dropLast(".partial".count)
+        let leftover = "\(directory)/\(name)"
+        guard digits.utf8.count == 16, digits.allSatisfy(\.isHexDigit),
+            let file = try? Descriptor.open(leftover, O_RDONLY | O_NOFOLLOW | O_NONBLOCK),
+            flock(file.number, LOCK_EX | LOCK_NB) == 0
+        else { continue }
+        unlink(leftover)
     }
 }
 
@@ -92,10 +124,12 @@ public func namesInDirectory(_ path: String) throws(BlockError) -> [String] {
 
 /// The directory that a path's last part lies in.
 public func directoryName(_ path: String) -> String {
-    var trimmed = path[...]
-    while trimmed.count > 1 && trimmed.last == "/" { trimmed.removeLast() }
-    guard let slash = trimmed.lastIndex(of: "/") else { return "." }
-    return slash == trimmed.startIndex ? "/" : String(trimmed[..<slash])
+    // Byte by byte: with an accent behind it, a slash is another character, and still ends a name.
+    let slash = UInt8(ascii: "/")
+    var trimmed = path.utf8[...]
+    while trimmed.count > 1 && trimmed.last == slash { trimmed.removeLast() }
+    guard let last = trimmed.lastIndex(of: slash) else { return "." }
+    return last == trimmed.startIndex ? "/" : String(decoding: trimmed[..<last], as: UTF8.self)
 }
 
 /// A lock on a file, held until its owner goes or the process ends, however it ends. Processes that were started

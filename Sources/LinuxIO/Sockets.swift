@@ -191,15 +191,17 @@ public struct ListeningSocket: Sendable {
     }
 }
 
-/// Whether a path was left by a process that is gone: it is a socket and refuses connections. (Files that are no
-/// sockets refuse connections too.)
+/// Whether a path was left by a process that is gone: it is a socket's, and no process has that socket. A server does
+/// not notice that it was asked for.
 public func isAbandonedSocket(_ path: String) -> Bool {
     var status = stat()
     guard path.utf8.count < 108, lstat(path, &status) == 0, status.st_mode & S_IFMT == S_IFSOCK else { return false }
     var name = sockaddr_un()
     name.sun_family = sa_family_t(AF_UNIX)
     withUnsafeMutableBytes(of: &name.sun_path) { $0.copyBytes(from: path.utf8.prefix($0.count - 1)) }
-    let probe = socket(AF_UNIX, Int32(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue), 0)
+    // A socket of another type than servers have: it is refused as such where there is a server (EPROTOTYPE), which
+    // hears nothing of it. A connection that is closed at once is an error to some, and a monitor takes only one.
+    let probe = socket(AF_UNIX, Int32(SOCK_DGRAM.rawValue | SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue), 0)
     if probe < 0 { return false }
     defer { close(probe) }
     return dg_connect(probe, &name, UInt32(MemoryLayout<sockaddr_un>.size)) == -ECONNREFUSED

@@ -49,7 +49,7 @@ public func startThread(name: String, stackSize: Int = 512 * 1024, _ body: @esca
 ///
 /// Each connection has lanes of its own, so that a client whose storage hangs leaves those of others alone.
 public final class Lanes: @unchecked Sendable {
-    // Sendable because all state is touched only under `mutex`.
+    // Sendable because all state is touched only under `lock`.
 
     /// The most threads: as many as nbdkit gives a connection, enough to keep a storage queue busy.
     public static let threadsMax = 16
@@ -59,8 +59,8 @@ public final class Lanes: @unchecked Sendable {
     /// Seconds that an idle thread stays.
     static let idleSeconds = 5
 
-    private let mutex: UnsafeMutablePointer<pthread_mutex_t>
-    private let condition: UnsafeMutablePointer<pthread_cond_t>
+    private let lock = Lock()
+    private let condition = Condition()
     private var jobs: [@Sendable () -> Void] = []
     private var nextJob = 0
     private var threads = 0
@@ -68,34 +68,20 @@ public final class Lanes: @unchecked Sendable {
     private var isRetired = false
 
     /// Lanes without any thread yet.
-    public init() {
-        mutex = .allocate(capacity: 1)
-        mutex.initialize(to: pthread_mutex_t())
-        pthread_mutex_init(mutex, nil)
-        condition = .allocate(capacity: 1)
-        condition.initialize(to: pthread_cond_t())
-        pthread_cond_init(condition, nil)
-    }
-
-    deinit {
-        pthread_cond_destroy(condition)
-        condition.deallocate()
-        pthread_mutex_destroy(mutex)
-        mutex.deallocate()
-    }
+    public init() {}
 
     /// Has threads end as soon as there is nothing to do, instead of staying for a while.
     public func retire() {
-        pthread_mutex_lock(mutex)
-        isRetired = true
-        pthread_cond_broadcast(condition)
-        pthread_mutex_unlock(mutex)
+        lock.withLock {
+            isRetired = true
+            condition.broadcast()
+        }
     }
 
     /// Runs a job on some lane, in the order of submission when all are busy. Where no thread can be had at all, it
     /// runs here.
     public func submit(_ job: @escaping @Sendable () -> Void) {
-        pthread_mutex_lock(mutex)
+        lock.lock()
         jobs.append(job)
         let waiting = jobs.count - nextJob
         // Everybody gets one lane; further ones as long as the process has not too many.
@@ -106,17 +92,17 @@ public final class Lanes: @unchecked Sendable {
             threads += 1
             Self.allThreads.add(1, ordering: .relaxed)
         }
-        pthread_cond_signal(condition)
-        pthread_mutex_unlock(mutex)
+        condition.signal()
+        lock.unlock()
         guard needsThread else { return }
         do throws(BlockError) {
             try startThread(name: "lane") { self.work() }
         } catch {
-            pthread_mutex_lock(mutex)
-            threads -= 1
-            Self.allThreads.subtract(1, ordering: .relaxed)
-            let alone = threads == 0
-            pthread_mutex_unlock(mutex)
+            let alone = lock.withLock { () -> Bool in
+                threads -= 1
+                Self.allThreads.subtract(1, ordering: .relaxed)
+                return threads == 0
+            }
             if alone { while let job = take(waiting: false) { job() } }
         }
     }
@@ -127,21 +113,19 @@ public final class Lanes: @unchecked Sendable {
     }
 
     private func take(waiting: Bool) -> (@Sendable () -> Void)? {
-        pthread_mutex_lock(mutex)
-        defer { pthread_mutex_unlock(mutex) }
+        lock.lock()
+        defer { lock.unlock() }
         while nextJob == jobs.count {
             guard waiting else { return nil }
             if isRetired {
                 threads -= 1
                 return nil
             }
-            var deadline = timespec()
-            clock_gettime(CLOCK_REALTIME, &deadline)
-            deadline.tv_sec += Self.idleSeconds
             idle += 1
-            let result = pthread_cond_timedwait(condition, mutex, &deadline)
+            let isInTime = condition.wait(
+                holding: lock, until: monotonicNanoseconds() + UInt64(Self.idleSeconds) * 1_000_000_000)
             idle -= 1
-            if result == ETIMEDOUT && nextJob == jobs.count {
+            if !isInTime && nextJob == jobs.count {
                 threads -= 1
                 return nil
             }

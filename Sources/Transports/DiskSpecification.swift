@@ -139,6 +139,7 @@ extension SourceReference {
                         + "scratch space)")
             }
             return try point.open()
+        case .hotAdd(let reference): return try openHotAdded(reference, writable: writable)
         case .nbd(let uri):
             let device = try NBDDevice.open(uri, isWritable: writable)
             // Its guest may have written what it begins like, and what an image names lies on the server.
@@ -171,6 +172,19 @@ extension SourceReference {
             device: device, identity: isNode ? "node \(status.st_rdev)" : "\(status.st_dev):\(status.st_ino)",
             resolver: DirectoryResolver(directory: directory, allowed: allowed, options: siblingOptions))
         return try openDisk(file, decided)
+    }
+
+    private func openHotAdded(_ reference: HotAddReference, writable: Bool) throws(BlockError) -> any BlockDevice {
+        switch reference {
+        case .present(let selector):
+            try allow(["timeout"])
+            guard let seconds = Double(parameter("timeout") ?? "\(HotAddedDisk.patience)"), (0...3600).contains(seconds)
+            else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
+            return try HotAddedDisk(selector: selector, isWritable: writable).open(seconds: seconds)
+        case .image(let image):
+            try allow(["controller", "format"])
+            return try HotAddedDisk.open(image, isWritable: writable)
+        }
     }
 
     /// What format= says; nil without it.

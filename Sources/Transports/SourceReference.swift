@@ -17,6 +17,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case nbd(NBDURI)
         /// A disk of a restore point.
         case point(PointReference)
+        /// A SCSI disk that was, or is to be, hot-added to this machine.
+        case hotAdd(HotAddReference)
     }
 
     /// What the reference names.
@@ -30,11 +32,11 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
 
     /// URI schemes that name sources this version cannot open, and what they would be.
     static let notYet = [
-        "hotadd": "a hot-added disk", "san": "a disk on a SAN LUN", "iscsi": "an iSCSI LUN", "vddk": "a VDDK disk",
+        "san": "a disk on a SAN LUN", "iscsi": "an iSCSI LUN", "vddk": "a VDDK disk",
     ]
 
-    /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, point:POINT, NBD URIs, with
-    /// ?KEY=VALUE&...
+    /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, point:POINT, hotadd:DISK,
+    /// NBD URIs, with ?KEY=VALUE&...
     ///
     /// - Throws: `.invalid` for a malformed reference, `.unsupported` for a scheme that cannot be opened here.
     public init(_ text: String) throws(BlockError) {
@@ -59,6 +61,7 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case "file": kind = .path(try Self.filePath(body, of: text))
         case "pattern": kind = .pattern(size: try ByteCount(String(body)).bytes)
         case "point": kind = .point(try Self.point(body, parameters, of: text))
+        case "hotadd": kind = .hotAdd(try Self.hotAdd(body, parameters, of: text))
         case "memory": kind = .memory(size: try ByteCount(String(body)).bytes)
         default:
             if let what = Self.notYet[scheme] {
@@ -128,6 +131,13 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         }
         return PointReference(
             point: point, repository: repository, machine: value("vm"), disk: value("disk"))
+    }
+
+    private static func hotAdd(
+        _ body: Substring, _ parameters: [(key: String, value: String)], of text: String
+    ) throws(BlockError) -> HotAddReference {
+        let parts = body.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
+        return try hotAdd(parts[0], parts.count == 2 ? decoded(parts[1]) : nil, parameters, of: text)
     }
 
     private static func filePath(_ body: Substring, of text: String) throws(BlockError) -> String {

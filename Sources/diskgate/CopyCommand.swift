@@ -34,7 +34,7 @@ struct CopyCommand: ParsableCommand {
             "Copy only what this dirty bitmap of the source says, onto a copy that is there.", valueName: "context"))
     var changed: String?
 
-    @Flag(help: "Read everything that was copied again, and compare it.")
+    @Flag(help: "Read source and copy again, all of them, and compare them.")
     var verify = false
 
     @Flag(help: "Go on with a copy that was interrupted.")
@@ -76,9 +76,14 @@ struct CopyCommand: ParsableCommand {
         try cancelOnSignal(cancellation)
         let reporter = ProgressReporter(report.json ? .json : .automatic, subject: "copy")
         let result = try CopyJob.run(request, reporter: reporter, cancellation: cancellation)
-        if report.json && !isStream { return try printJSON(result) }
-        let text = summary(result)
-        if isStream { writeError(text) } else { print(text) }
+        if report.json && !isStream {
+            try printJSON(result)
+        } else {
+            let text = summary(result)
+            if isStream { writeError(text) } else { print(text) }
+        }
+        for downgrade in result.downgrades { writeError("diskgate: \(downgrade)") }
+        if !result.downgrades.isEmpty { throw ExitCode(3) }
     }
 
     private func request() throws -> CopyRequest {
@@ -123,14 +128,7 @@ struct CopyCommand: ParsableCommand {
         if result.bytesResumed > 0 { parts.append("\(readable(result.bytesResumed)) done before") }
         if let compared = result.bytesVerified { parts.append("\(readable(compared)) verified") }
         if result.retries > 0 { parts.append("\(result.retries) retries") }
-        if result.reconnects > 0 {
-            parts.append("\(result.reconnects) reconnections")
-            if result.bytesVerified == nil {
-                writeError(
-                    "diskgate: the connection to the source was lost on the way; --verify tells whether the copy is of "
-                        + "one disk")
-            }
-        }
+        if result.reconnects > 0 { parts.append("\(result.reconnects) reconnections") }
         let rate = result.seconds > 0 ? Double(result.bytesRead + result.bytesCloned) / result.seconds : 0
         return "\(result.destination): \(parts.joined(separator: ", ")) of \(readable(result.size)) in "
             + "\(decimals(result.seconds, 2)) s (\(readable(UInt64(rate)))/s)"

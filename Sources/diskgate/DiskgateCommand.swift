@@ -5,6 +5,7 @@ import Block
 import FoundationEssentials
 import Gateway
 import Glibc
+import Hypervisors
 import LinuxIO
 import NBD
 import Transports
@@ -18,7 +19,8 @@ struct DiskgateCommand: ParsableCommand {
             A SOURCE is a path (disk.raw, disk.qcow2, /dev/sdb) or a URI: file:///PATH?format=raw|qcow2&direct=true\
             &exclusive=true, nbd://HOST/EXPORT and the other NBD URIs (nbds, nbd+unix, nbd+vsock, ...), \
             pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE, \
-            point:POINT?repository=DIRECTORY&vm=VM&disk=DISK. Sizes take K, M, G, T and P (powers of 1024). Data \
+            point:POINT?repository=DIRECTORY&vm=VM&disk=DISK, a disk that was hot-added to this machine \
+            (hotadd:serial=S, hotadd:wwn=W, hotadd:hctl=H:C:T:L). Sizes take K, M, G, T and P (powers of 1024). Data \
             goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 usage, 3 done \
             but downgraded.
             """,
@@ -29,12 +31,13 @@ struct DiskgateCommand: ParsableCommand {
             ProtectCommand.self, UnprotectCommand.self, ResetTrackingCommand.self, DoctorCommand.self,
             CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
             PruneCommand.self, PinCommand.self, UnpinCommand.self, MountCommand.self, UnmountCommand.self,
-            FreezeGuardCommand.self, SnapshotCommand.self,
-            CheckpointsCommand.self,
+            FreezeGuardCommand.self, SnapshotCommand.self, CheckpointsCommand.self, DisksCommand.self,
+            AttachCommand.self, DetachCommand.self,
         ])
 
     static func main() {
         Repository.openPointSources()
+        Hypervisors.openHotAddControllers()
         do {
             var command = try parseAsRoot()
             try command.run()

@@ -2,6 +2,7 @@
 import ArgumentParser
 import Backup
 import Block
+import Hypervisors
 import Transports
 
 struct DoctorCommand: ParsableCommand {
@@ -16,6 +17,12 @@ struct DoctorCommand: ParsableCommand {
     @Flag(help: "Give back what runs that are over have left: bitmaps, exports, scratch files, half-made points.")
     var fix = false
 
+    @Option(
+        help: ArgumentHelp(
+            "Give up what a run has left, without giving it back, where its machine or repository is gone for good: "
+                + "RUN:NUMBER as listed, or RUN for all of it. May be repeated.", valueName: "id"))
+    var forget: [String] = []
+
     @Option(help: ArgumentHelp("Only runs of this machine.", valueName: "machine"))
     var vm: String?
 
@@ -27,8 +34,31 @@ struct DoctorCommand: ParsableCommand {
     @OptionGroup var state: StateArguments
     @OptionGroup var report: ReportArguments
 
+    func validate() throws {
+        if !forget.isEmpty && (fix || vm != nil || repository != nil) {
+            throw ValidationError("--forget does nothing else: leave out --fix, --vm and --repository")
+        }
+    }
+
+    /// Gives up what the user has named.
+    private func giveUp(_ doctor: Doctor) throws {
+        var forgotten: [Obligation] = []
+        defer { if report.json { try? printJSON(forgotten) } }
+        for id in forget {
+            let obligations = try doctor.forget(id)
+            forgotten += obligations
+            if report.json { continue }
+            if obligations.isEmpty { print("forgotten: the ledger \(id), of which lines made no sense") }
+            for obligation in obligations {
+                print("forgotten: \(describe(obligation))")
+                print("  \(obligation.price)")
+            }
+        }
+    }
+
     func run() throws {
         let doctor = Doctor(stateDirectory: state.directory)
+        if !forget.isEmpty { return try giveUp(doctor) }
         let (findings, problems) = fix ? try doctor.fix(machine: vm) : try doctor.list(machine: vm)
         let removals = try removals()
         if report.json {
@@ -44,7 +74,7 @@ struct DoctorCommand: ParsableCommand {
         }
         for problem in problems { writeError("diskgate: \(problem)") }
         let isLeft =
-            findings.contains { !$0.isGoingOn && (!$0.obligations.isEmpty || !$0.problems.isEmpty) }
+            findings.contains { !$0.isGoingOn && (!$0.left.isEmpty || !$0.problems.isEmpty) }
             || !removals.unfinished.isEmpty || !problems.isEmpty
         if isLeft { throw ExitCode(1) }
     }
@@ -82,10 +112,15 @@ struct DoctorCommand: ParsableCommand {
             print("run \(finding.run.id) of \(finding.run.machine)\(going)")
             for obligation in finding.settled { print("  given back: \(describe(obligation))") }
             for obligation in finding.obligations {
-                print("  \(finding.isGoingOn ? "in use" : "left"): \(describe(obligation))")
+                let number = "left as number \(obligation.id)"
+                let state = finding.isGoingOn ? "in use" : obligation.isHeldByHand ? "attached by hand" : number
+                print("  \(state): \(describe(obligation))")
             }
             for problem in finding.problems { print("  problem: \(problem)") }
-            if !finding.isGoingOn && !finding.obligations.isEmpty && !fix {
+            if fix && !finding.isGoingOn && (!finding.left.isEmpty || !finding.problems.isEmpty) {
+                print("  only where it can never be given back: diskgate doctor --forget \(finding.run.id)[:NUMBER]")
+            }
+            if !finding.isGoingOn && !finding.left.isEmpty && !fix {
                 print("  give it back with: diskgate doctor --fix --state-directory \(state.directory)")
             }
         }

@@ -7,7 +7,10 @@ struct PointsCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "points", abstract: "List the restore points of a repository.",
         discussion:
-            "Columns: machine, number, time (UTC), level, consistency, data stored, beginning of the UUID, marks.")
+            """
+            Columns: machine, number, time (UTC), level, consistency, data that its run has stored, space that its \
+            files take up now (with what was merged into them), beginning of the UUID, marks.
+            """)
 
     @OptionGroup var repository: RepositoryArguments
     @OptionGroup var report: ReportArguments
@@ -30,7 +33,8 @@ struct PointsCommand: ParsableCommand {
                 "\(point.machine.padded(width)) \(String(point.sequence).paddedLeft(6)) "
                     + "\(point.time.description.padded(24)) "
                     + "\(point.level.rawValue.padded(11)) \(point.consistency.padded(16)) "
-                    + "\(readable(point.bytesWritten).paddedLeft(10)) \(point.uuid.prefix(8))\(marks)")
+                    + "\(readable(point.bytesWritten).paddedLeft(10)) \(readable(point.bytesHeld).paddedLeft(10)) "
+                    + "\(point.uuid.prefix(8))\(marks)")
         }
     }
 }

@@ -32,6 +32,7 @@ struct PruneCommand: ParsableCommand {
         var removed: Bool
         var reasons: [String]
         var mergedInto: Int?
+        var spaceNeeded: UInt64
     }
 
     func validate() throws {
@@ -39,40 +40,46 @@ struct PruneCommand: ParsableCommand {
     }
 
     func run() throws {
+        let cancellation = Cancellation()
+        try cancelOnSignal(cancellation)
         let repository = try repository.open()
-        let rule = keep.rule ?? RetentionRule()
         var reports: [Report] = []
         let machines = try vm.map { [try repository.machine(named: $0)] } ?? repository.machines()
-        var isIncomplete = false
-        for machine in machines {
-            let lock: FileLock
-            do throws(BlockError) { lock = try repository.lockMachine(machine, wait: wait) } catch {
-                if vm != nil || error.kind != .denied { throw error }
+        // Those that cannot be read were warned of.
+        var isIncomplete = try vm == nil && !repository.unreadableMachines().isEmpty
+        for machine in machines where !cancellation.isCancelled {
+            // What is wrong with one machine is no reason to leave the others as they are.
+            do throws(BlockError) { reports += try prune(machine, in: repository, cancellation) } catch {
                 writeError("diskgate: \(error.message)")
                 isIncomplete = true
-                continue
-            }
-            let decisions = try repository.prune(machine, keeping: rule, holding: lock, isDryRun: dryRun) { decision in
-                writeError("diskgate: removing \(decision.point.description)")
-            }
-            withExtendedLifetime(lock) {}
-            for decision in decisions {
-                reports.append(
-                    Report(
-                        point: PointReport(decision.point), removed: decision.isRemoved, reasons: decision.reasons,
-                        mergedInto: decision.into))
-                if !report.json { print(decision) }
             }
         }
         if report.json { try printJSON(reports) }
-        if isIncomplete { throw ExitCode(1) }
+        if isIncomplete || cancellation.isCancelled { throw ExitCode(1) }
+    }
+
+    private func prune(_ machine: RepositoryMachine, in repository: Repository, _ cancellation: Cancellation)
+        throws(BlockError) -> [Report]
+    {
+        let lock = try repository.lockMachine(machine, wait: wait)
+        defer { withExtendedLifetime(lock) {} }
+        let decisions = try repository.prune(
+            machine, keeping: keep.rule ?? RetentionRule(), holding: lock, isDryRun: dryRun, cancellation: cancellation
+        ) { writeError("diskgate: removing \($0.point.description)") }
+        if !report.json { for decision in decisions { print(decision) } }
+        return decisions.map {
+            Report(
+                point: PointReport($0.point), removed: $0.isRemoved, reasons: $0.reasons, mergedInto: $0.into,
+                spaceNeeded: $0.spaceNeeded)
+        }
     }
 
     private func print(_ decision: PruneDecision) {
         let what: String
         if decision.isRemoved {
             let target = decision.into.map { ", merged into point \($0)" } ?? ""
-            what = (dryRun ? "would be removed" : "removed") + target
+            let space = dryRun && decision.spaceNeeded > 0 ? " (up to \(readable(decision.spaceNeeded)) meanwhile)" : ""
+            what = (dryRun ? "would be removed" : "removed") + target + space
         } else {
             what = "kept: " + decision.reasons.joined(separator: ", ")
         }

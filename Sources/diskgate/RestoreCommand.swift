@@ -52,6 +52,8 @@ struct RestoreCommand: ParsableCommand {
     }
 
     func run() throws {
+        let cancellation = Cancellation()
+        try cancelOnSignal(cancellation)
         let (repository, point) = try arguments.find()
         let lock = try repository.lockPoint(point)
         defer { withExtendedLifetime(lock) {} }
@@ -66,7 +68,9 @@ struct RestoreCommand: ParsableCommand {
         let destinations = try open(chosen, of: point, in: repository)
         var reports: [Report] = []
         for (index, id) in chosen.enumerated() {
-            do { reports.append(try restore(id, of: point, in: repository, to: destinations[index])) } catch {
+            do {
+                reports.append(try restore(id, of: point, in: repository, to: destinations[index], cancellation))
+            } catch {
                 for other in destinations[(index + 1)...] { other.abandon(isUntouched: true) }
                 throw error
             }
@@ -114,11 +118,12 @@ struct RestoreCommand: ParsableCommand {
             }
             try makeDirectories(destination, mode: 0o755)
         }
-        return "\(destination)/\(id.map { $0 == "/" ? "_" : String($0) }.joined()).raw"
+        return "\(destination)/\(id.unicodeScalars.map { $0 == "/" ? "_" : String($0) }.joined()).raw"
     }
 
     private func restore(
-        _ id: String, of point: RestorePoint, in repository: Repository, to destination: RestoreDestination
+        _ id: String, of point: RestorePoint, in repository: Repository, to destination: RestoreDestination,
+        _ cancellation: Cancellation
     ) throws -> Report {
         let place = destination.name
         let start = monotonicSeconds()
@@ -130,7 +135,8 @@ struct RestoreCommand: ParsableCommand {
         let result: RestoreResult
         do {
             result = try repository.restore(
-                point, disk: id, to: destination.device, isBlank: destination.isBlank, options
+                point, disk: id, to: destination.device, isBlank: destination.isBlank, options,
+                cancellation: cancellation
             ) { done, total in line.show(done, of: total) }
             line.end()
             try destination.finish()

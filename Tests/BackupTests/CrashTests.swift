@@ -35,16 +35,17 @@ import Transports
     }
 
     @Test func pruningThatWasKilledIsFinishedByTheNextOne() throws {
-        try withTemporaryDirectory { directory in
+        try withTemporaryDirectory(in: placeInMemory) { directory in
             let log = directory.file("log")
-            let first = try makePoints(directory, "first", 4)
+            let all = try makePoints(directory, "all", 4)
+            let first = try all.copied(to: directory.file("first"))
             let words = ["prune", "--repository", first.repository.path, "--keep-last", "2"]
             _ = try Tool.output("env", ["DISKGATE_STEP_LOG=\(log)", Tool.diskgate] + words)
             let steps = try steps(log).filter { $0.name.hasPrefix("prune.") || $0.name.hasPrefix("merge.") }
             try require(steps.contains { $0.name == "prune.data-renamed" }, "\(steps)")
             for (name, count) in steps {
                 for time in Set([1, count]) {
-                    let model = try makePoints(directory, "\(name)-\(time)", 4)
+                    let model = try all.copied(to: directory.file("killed"))
                     let words = ["prune", "--repository", model.repository.path, "--keep-last", "2"]
                     let killed = try Tool.run("env", ["DISKGATE_STEP_KILL=\(name):\(time)", Tool.diskgate] + words)
                     try require(killed.status == 137, "\(name):\(time): status \(killed.status)")
@@ -61,6 +62,7 @@ import Transports
                         let check = try Tool.run("qemu-img", ["check", try model.data(point, "vda")])
                         try require([0, 3].contains(check.status), "\(name):\(time): \(check.output)")
                     }
+                    _ = try Tool.output("rm", ["-r", model.repository.path])
                 }
             }
         }
@@ -93,13 +95,14 @@ import Transports
     }
 
     @Test func aPointThatWasKilledIsThereWholeOrNotAtAll() async throws {
-        var template = Array("/var/tmp/diskgate-test-XXXXXX".utf8CString)
+        var template = Array("\(placeInMemory ?? "/var/tmp")/diskgate-test-XXXXXX".utf8CString)
         try require(mkdtemp(&template) != nil, "making a directory")
         let directory = TemporaryDirectory(
             path: String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self))
         defer { _ = try? Tool.run("rm", ["-rf", directory.path]) }
         let log = directory.file("log")
-        let first = try makePoints(directory, "first", 2)
+        let all = try makePoints(directory, "all", 2)
+        let first = try all.copied(to: directory.file("first"))
         #expect(
             try await !sealInAnotherProcess(
                 first.repository.path, state: directory.file("state"), "DISKGATE_STEP_LOG=\(log)"))
@@ -107,7 +110,7 @@ import Transports
         let steps = try steps(log).filter { $0.name.hasPrefix("seal.") || $0.name.hasPrefix("point.") }
         try require(steps.contains { $0.name == "seal.manifest-renamed" }, "\(steps)")
         for (name, count) in steps {
-            var model = try makePoints(directory, name, 2)
+            var model = try all.copied(to: directory.file("killed"))
             let state = directory.file("state-\(name)")
             let wasKilled = try await sealInAnotherProcess(
                 model.repository.path, state: state, "DISKGATE_STEP_KILL=\(name):\(count)")
@@ -136,6 +139,7 @@ import Transports
             model.change(2)
             try model.makePoint()
             try model.requireEqualPoints("after \(name)")
+            _ = try Tool.output("rm", ["-r", model.repository.path])
         }
     }
 

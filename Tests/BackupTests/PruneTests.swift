@@ -8,11 +8,13 @@ import Support
 import Testing
 
 @Suite struct PruneTests {
-    private func withPoints(_ count: Int, _ body: (inout ModelMachine) throws -> Void) throws {
-        try withTemporaryDirectory { directory in
+    private func withPoints(
+        _ count: Int, sizes: (Int, Int) = (1_500_000, 300_000), _ body: (inout ModelMachine) throws -> Void
+    ) throws {
+        try withTemporaryDirectory(in: placeInMemory) { directory in
             let repository = try Repository.create(at: directory.file("repository"))
             var model = try ModelMachine(
-                repository, disks: [ModelDisk("vda", size: 1_500_000), ModelDisk("vdb", size: 300_000)], seed: 21)
+                repository, disks: [ModelDisk("vda", size: sizes.0), ModelDisk("vdb", size: sizes.1)], seed: 21)
             for _ in 0..<count {
                 model.change(3)
                 try model.makePoint { $0.documents = [.init(name: "domain.xml", content: [1])] }
@@ -146,7 +148,7 @@ import Testing
             },
         ]
         for (index, damage) in damages.enumerated() {
-            try withPoints(4) { model in
+            try withPoints(4, sizes: (200_000, 130_000)) { model in
                 try damage(model, try model.repository.points(of: model.machine))
                 let before = try allFiles("\(model.repository.path)/vms").filter { !$0.contains("/locks/") }
                 try requireError(.corrupt, "damage \(index)") { _ = try model.prune(keepLast: 1) }
@@ -176,6 +178,93 @@ import Testing
             #expect(try model.repository.find("latest", of: model.machine).sequence == 3)
             #expect(try model.repository.summaries().map(\.sequence) == [1, 3])
             try requireError(.corrupt, "pruning") { _ = try model.prune(keepLast: 1) }
+        }
+    }
+
+    /// Told to stop within a removal, which the next one finishes.
+    @Test func pruningCanBeStopped() throws {
+        try withPoints(5) { model in
+            let (repository, machine) = (model.repository, model.machine)
+            let cancellation = Cancellation()
+            var rule = RetentionRule()
+            rule.last = 1
+            var begun = 0
+            do {
+                let lock = try repository.lockMachine(machine)
+                try requireError(.shutdown, "pruning") {
+                    _ = try repository.prune(machine, keeping: rule, holding: lock, cancellation: cancellation) { _ in
+                        begun += 1
+                        if begun == 2 { cancellation.cancel() }
+                    }
+                }
+            }
+            #expect(begun == 2)
+            // The second one had not changed anything yet.
+            #expect(try repository.points(of: machine).map(\.sequence) == [2, 3, 4, 5])
+            #expect(try repository.unfinishedRemovals(of: machine).isEmpty)
+            try model.requireEqualPoints("stopped")
+            _ = try model.prune(keepLast: 1)
+            try model.requireEqualPoints("finished")
+            #expect(try repository.points(of: machine).map(\.sequence) == [5])
+        }
+    }
+
+    /// What is wrong with one machine does not keep points of another one.
+    @Test func oneDamagedMachineIsNotInTheWayOfOthers() throws {
+        try withPoints(3) { model in
+            var other = try ModelMachine(
+                model.repository, disks: [ModelDisk("vda", size: 300_000)], seed: 3, id: "id-2", name: "mail")
+            var third = try ModelMachine(
+                model.repository, disks: [ModelDisk("vda", size: 300_000)], seed: 4, id: "id-3", name: "file")
+            for _ in 0..<3 {
+                other.change(2)
+                try other.makePoint()
+                third.change(2)
+                try third.makePoint()
+            }
+            let point = try third.repository.find("2", of: third.machine)
+            unlink(try third.data(point, "vda"))
+            let words = ["prune", "--repository", model.repository.path, "--keep-last", "1"]
+            let pruned = try Tool.run(Tool.diskgate, words)
+            #expect(pruned.status == 1 && pruned.errors.contains("pruning file: point 2, disk vda, is damaged"))
+            #expect(try model.repository.points(of: third.machine).count == 3)
+            for machine in [model.machine, other.machine] {
+                #expect(try model.repository.points(of: machine).map(\.sequence) == [3])
+            }
+            try model.requireEqualPoints("web")
+            try other.requireEqualPoints("mail")
+            // Of a machine that cannot be read nothing is known; the others go on.
+            try writeDurably("\(model.repository.path)/vms/\(other.machine.directory)/machine.json", Array("{".utf8))
+            #expect(try model.repository.machines().map(\.name) == ["file", "web"])
+            #expect(try model.repository.summaries().allSatisfy { $0.machine != "mail" })
+            try requireError(.notFound, "the machine") { _ = try model.repository.machine(named: "mail") }
+            try requireError(.corrupt, "a second directory") {
+                _ = try model.repository.enroll(id: "id-2", name: "mail")
+            }
+            _ = try model.repository.enroll(id: "id-4", name: "new")
+            let again = try Tool.run(Tool.diskgate, words + ["--json"])
+            #expect(again.status == 1 && again.errors.contains("machine.json"), "\(again)")
+            #expect(again.output.contains("\"machine\" : \"web\""))
+            let verified = try Tool.run(Tool.diskgate, ["verify", "--repository", model.repository.path])
+            #expect(verified.status == 1 && verified.output.contains("machine.json"), "\(verified)")
+        }
+    }
+
+    /// What a point holds grows with what is merged into it; what its run has stored does not.
+    @Test func pointsTellWhatTheyHold() throws {
+        try withTemporaryDirectory { directory in
+            let repository = try Repository.create(at: directory.file("repository"))
+            var model = try ModelMachine(repository, disks: [ModelDisk("vda", size: 4_000_000)], seed: 9)
+            model.disks[0].bytes = patternBytes(4_000_000, seed: 1)
+            try model.makePoint(full: true)
+            model.disks[0].bytes[70_000] ^= 1
+            model.disks[0].changed = [1]
+            try model.makePoint()
+            let before = try repository.summaries()
+            #expect(before[0].bytesHeld >= 4_000_000 && before[1].bytesHeld < 1_000_000)
+            _ = try model.prune(keepLast: 1)
+            let after = try repository.summaries()
+            #expect(after.count == 1 && after[0].bytesHeld >= 4_000_000 && after[0].bytesWritten == 65536)
         }
     }
 }

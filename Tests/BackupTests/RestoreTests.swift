@@ -95,6 +95,133 @@ import Testing
         }
     }
 
+    /// A disk with old content, and the same one with a place that cannot be written.
+    private func usedDisk() throws -> (disk: RawFileDevice, failing: FaultDevice) {
+        let disk = try NamelessFile.memory(size: 5_242_880)
+        let old = patternBytes(5_242_880, seed: 77)
+        try old.withUnsafeBytes { try disk.write($0, at: 0, durable: false) }
+        let fault = FaultPlan.Fault(.writeError(.inputOutput), range: 3_000_000..<3_000_001)
+        return (disk, FaultDevice(disk, plan: FaultPlan([fault])))
+    }
+
+    /// Where the restore ends early, the disk is neither the old one nor the new one to whoever looks at its beginning.
+    @Test func aDiskThatWasRestoredInPartDoesNotLookWhole() throws {
+        try withPoints { _, model in
+            let point = try model.repository.find("2", of: model.machine)
+            for isDifferential in [false, true] {
+                let (disk, failing) = try usedDisk()
+                var options = RestoreOptions()
+                options.isDifferential = isDifferential
+                do {
+                    _ = try model.repository.restore(point, disk: nil, to: failing, isBlank: false, options)
+                    Issue.record("it was restored")
+                } catch let error as BlockError {
+                    #expect(error.kind == .inputOutput && error.message.contains("is incomplete"), "\(error)")
+                }
+                #expect(areZeros(try content(disk)[..<(1 << 20)]))
+                options.isDifferential = true
+                let result = try model.repository.restore(point, disk: nil, to: disk, isBlank: false, options)
+                #expect(result.bytesWritten + result.bytesZeroed + result.bytesUnchanged == 5_000_001)
+                #expect(result.bytesWritten >= 1 << 20)
+                let restored = try content(disk)
+                try requireEqual(Array(restored[..<5_000_001]), model.expected[2]?["vda"] ?? [], "gone on")
+                try requireEqual(
+                    Array(restored[5_000_001...]), Array(patternBytes(5_242_880, seed: 77)[5_000_001...]), "behind")
+            }
+        }
+    }
+
+    @Test func aRestoreThatIsToldToStopLeavesAnUntouchedDiskAlone() throws {
+        try withPoints { _, model in
+            let (disk, _) = try usedDisk()
+            let cancellation = Cancellation()
+            cancellation.cancel()
+            try requireError(.shutdown, "restoring") {
+                _ = try model.repository.restore(
+                    try model.repository.find("2", of: model.machine), disk: nil, to: disk, isBlank: false,
+                    cancellation: cancellation)
+            }
+            try requireEqual(try content(disk), patternBytes(5_242_880, seed: 77), "untouched")
+        }
+    }
+
+    /// kill -9 at each step of a restore to a server: its disk has a beginning only when it is whole.
+    @Test(.enabled(if: Tool.exists("nbdkit"))) func aKilledRestoreLeavesADiskWithoutABeginning() throws {
+        try withPoints { directory, model in
+            let file = directory.file("server")
+            let expected = try #require(model.expected[3]?["vda"])
+            let restore = "\(Tool.diskgate) restore --repository \(model.repository.path) 3 \"$uri\""
+            for step in ["head-removed", "body-durable", "head-durable", "flushed"] {
+                _ = try directory.makeFile("server", patternBytes(5_242_880, seed: 5))
+                let killed = try Tool.run(
+                    "nbdkit", ["-U", "-", "file", file, "--run", "DISKGATE_STEP_KILL=restore.\(step) \(restore)"])
+                try require(killed.status != 0, "\(step): \(killed)")
+                let left = try contentOfFile(file)
+                if step == "flushed" {
+                    try requireEqual(Array(left[..<5_000_001]), expected, step)
+                } else {
+                    try require(areZeros(left[..<4096]), "\(step): the first block is there")
+                }
+                _ = try Tool.output(
+                    "nbdkit", ["-U", "-", "file", file, "--run", "\(restore) --differential --verify"])
+                try requireEqual(Array(try contentOfFile(file)[..<5_000_001]), expected, "\(step), gone on with")
+            }
+        }
+    }
+
+    /// Whole and differential to servers of others, over old content.
+    @Test(.enabled(if: Tool.exists("nbdkit") && Tool.exists("qemu-nbd"))) func serversAreRestoredTo() throws {
+        try withPoints { directory, model in
+            func restores(_ point: Int, _ option: String) -> String {
+                "\(Tool.diskgate) restore --repository \(model.repository.path) \(point) \"$uri\" --verify \(option)"
+            }
+            let (raw, image, socket) = (directory.file("raw"), directory.file("image"), directory.file("socket"))
+            let start = "qemu-nbd -k \(socket) -t --fork --pid-file=\(directory.file("pid"))"
+            let stop = "status=$?; kill $(cat \(directory.file("pid"))); exit $status"
+            let uri = "uri='nbd+unix:///?socket=\(socket)'"
+            for (name, server) in [
+                ("nbdkit", { (words: String) in "nbdkit -U - file \(raw) --run '\(words)'" }),
+                ("qemu-nbd, raw", { "\(start) -f raw \(raw); \(uri); \($0); \(stop)" }),
+                ("qemu-nbd, qcow2", { "\(start) -f qcow2 --discard=unmap \(image); \(uri); \($0); \(stop)" }),
+            ] as [(String, (String) -> String)] {
+                _ = try directory.makeFile("raw", patternBytes(5_242_880, seed: 6))
+                _ = try Tool.output("qemu-img", ["convert", "-f", "raw", "-O", "qcow2", raw, image])
+                for (point, option) in [(2, ""), (1, "--differential")] {
+                    _ = try Tool.output("sh", ["-c", server(restores(point, option))])
+                    if name.contains("qcow2") {
+                        _ = try Tool.output("qemu-img", ["convert", "-f", "qcow2", "-O", "raw", image, raw])
+                    }
+                    try requireEqual(
+                        Array(try contentOfFile(raw)[..<5_000_001]), model.expected[point]?["vda"] ?? [],
+                        "\(name), point \(point)")
+                }
+            }
+        }
+    }
+
+    @Test(.enabled(if: Tool.exists("qemu-system-x86_64"))) func aDiskOfARunningMachineIsRefused() throws {
+        try withPoints { directory, model in
+            let disk = try directory.makeFile("disk.raw", patternBytes(5_000_192, seed: 3))
+            let pid = directory.file("pid")
+            _ = try Tool.output(
+                "qemu-system-x86_64",
+                [
+                    "-machine", "q35,accel=tcg", "-S", "-display", "none", "-nodefaults", "-m", "32", "-daemonize",
+                    "-pidfile", pid, "-drive", "if=virtio,format=raw,file=\(disk)",
+                ])
+            let number = Int32(String(decoding: try contentOfFile(pid), as: UTF8.self).filter(\.isNumber)) ?? 0
+            try require(number > 0, "no process id")
+            defer { kill(number, SIGKILL) }
+            for options in [["--differential", "--replace"], ["--replace"]] {
+                let result = try Tool.run(
+                    Tool.diskgate, ["restore", "--repository", model.repository.path, "3", disk] + options)
+                #expect(result.status == 1 && result.errors.contains("a virtual machine"), "\(result)")
+            }
+            try requireEqual(try contentOfFile(disk), patternBytes(5_000_192, seed: 3), "untouched")
+            #expect(access("\(disk).incomplete", F_OK) < 0 && access("\(disk).partial", F_OK) < 0)
+        }
+    }
+
     @Test func placesThatAreSomethingElseAreRefused() throws {
         try withPoints { directory, model in
             func open(_ path: String, differential: Bool = false) throws -> RestoreDestination {

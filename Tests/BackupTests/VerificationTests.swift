@@ -192,4 +192,57 @@ import Testing
             #expect(try repository.summaries(rescan: true) == summaries)
         }
     }
+
+    /// A sidecar that was changed: its chunks are not known to be right, and come as they are if they have to.
+    @Test func aDamagedSidecarIsRestoredByForceAlone() throws {
+        try withPoints { model in
+            let point = try model.repository.points(of: model.machine)[1]
+            let sidecar = "\(try model.data(point, "vda").dropLast(5))hashes"
+            try flip(sidecar, at: try contentOfFile(sidecar).count - 1)
+            let target = try NamelessFile.memory(size: 2_000_000)
+            try requireError(.corrupt, "restoring") {
+                _ = try model.repository.restore(point, disk: "vda", to: target, isBlank: true)
+            }
+            #expect(areZeros(try content(target)[...]))
+            var options = RestoreOptions()
+            options.isForced = true
+            options.verifies = true
+            let result = try model.repository.restore(point, disk: "vda", to: target, isBlank: true, options)
+            #expect(result.damaged.count == 1)
+            try requireEqual(try content(target), model.expected[2]?["vda"] ?? [], "forced")
+        }
+    }
+
+    /// A compressed cluster that cannot be read any more is zeros, if it has to be; everything else is right.
+    @Test func aDamagedCompressedClusterIsRestoredByForceAlone() throws {
+        try withTemporaryDirectory { directory in
+            let repository = try Repository.create(at: directory.file("repository"), compression: .zstd)
+            var model = try ModelMachine(repository, disks: [ModelDisk("vda", size: 4_000_000)], seed: 2)
+            let words = (0..<600_000).map { "\($0 % 1000) disk " }.joined()
+            model.disks[0].bytes = Array(words.utf8.prefix(4_000_000))
+            let point = try model.makePoint(full: true)
+            let path = try model.data(point, "vda")
+            // The frame of some cluster, by the magic number that it begins with.
+            let image = try contentOfFile(path)
+            let magic: [UInt8] = [0x28, 0xB5, 0x2F, 0xFD]
+            let frames = (0..<(image.count - 4)).filter {
+                image[$0] == magic[0] && Array(image[$0..<($0 + 4)]) == magic
+            }
+            try require(frames.count > 20, "\(frames.count) compressed clusters")
+            try flip(path, at: frames[7])
+            let target = try NamelessFile.memory(size: 4_000_000)
+            #expect(throws: BlockError.self) {
+                try repository.restore(point, disk: nil, to: target, isBlank: true)
+            }
+            var options = RestoreOptions()
+            options.isForced = true
+            options.verifies = true
+            let result = try repository.restore(point, disk: nil, to: target, isBlank: true, options)
+            let offset = Int(try #require(result.damaged.first))
+            #expect(result.damaged.count == 1)
+            var expected = model.disks[0].bytes
+            for index in offset..<min(offset + 65536, expected.count) { expected[index] = 0 }
+            try requireEqual(try content(target), expected, "forced")
+        }
+    }
 }

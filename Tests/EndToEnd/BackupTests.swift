@@ -2,63 +2,6 @@
 import Glibc
 import Testing
 
-/// A machine and a repository for it.
-private struct Site {
-    let folder: Folder
-    let machine: Machine
-    var repository: String { folder.file("repository") }
-    var state: String { folder.file("state") }
-
-    init(disks: [String] = ["vda"]) throws {
-        folder = try Folder()
-        machine = try Machine(in: folder, disks: disks)
-    }
-
-    func backup(_ more: String..., environment: [String] = []) throws -> Outcome {
-        try Tool.diskgate.run(
-            [
-                "backup", "--vm", machine.uri, "--repository", repository, "--state-directory", state,
-                "--quiesce", "never", "--scratch-reserve", "1M",
-            ] + more, environment: environment)
-    }
-
-    /// A backup that has to succeed.
-    func requireBackup(_ more: String...) throws {
-        let outcome = try Tool.diskgate.run(
-            [
-                "backup", "--vm", machine.uri, "--repository", repository, "--state-directory", state,
-                "--quiesce", "never", "--scratch-reserve", "1M",
-            ] + more)
-        if outcome.status != 0 { throw Trouble("backup: status \(outcome.status)\n\(outcome.text)\(outcome.errors)") }
-    }
-
-    func doctor(fix: Bool) throws -> Outcome {
-        try Tool.diskgate.run(["doctor", "--state-directory", state] + (fix ? ["--fix"] : []))
-    }
-
-    /// Restores a disk of a point over old content, and tells whether it is the same as a raw file.
-    func restores(_ point: String, to expected: String, disk: String = "vda") throws -> Bool {
-        let target = folder.file("restored")
-        unlink(target)
-        try run("diskgate", "restore", "--repository", repository, point, target, "--disk", disk)
-        return try isSame(target, expected)
-    }
-
-    var points: [String] {
-        get throws {
-            try Tool("sh").run(["-c", "ls \(repository)/vms/*/points 2>/dev/null | grep json || true"]).lines
-        }
-    }
-}
-
-/// What a guest does between two backups, different each time.
-private func changes(_ round: Int) -> [String] {
-    [
-        "write -P \(round + 20) \(round * 3)M 700k", "discard \(round * 2 + 1)M 1M", "write -z \(31 - round)M 300k",
-        "write -P \(round + 60) \(17 * 1024 + round * 4)k 4k",
-    ]
-}
-
 @Suite struct BackupTests {
     @Test func `points are the disk of their moment, and qemu-img reads them without diskgate`() throws {
         let site = try Site()
@@ -169,7 +112,7 @@ private func changes(_ round: Int) -> [String] {
         try site.requireBackup()
         let lock = try Tool("sh").run(["-c", "ls \(site.repository)/vms/*/locks/machine"]).lines[0]
         let holder = try Tool("sh").start(
-            ["-c", "exec flock \(lock) sleep 60"], output: STDERR_FILENO, errors: STDERR_FILENO)
+            ["-c", "exec flock -o \(lock) sleep 60"], output: STDERR_FILENO, errors: STDERR_FILENO)
         defer {
             kill(holder, SIGTERM)
             var status: Int32 = 0

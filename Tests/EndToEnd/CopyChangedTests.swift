@@ -44,8 +44,31 @@ private final class ChangedDisk {
             report = json.loads(sys.argv[1])
             done = report["bytesWritten"] + report["bytesZeroed"]
             assert 3000000 < done < 5 << 20, report
+            assert report.get("bytesVerified") == (int(sys.argv[2]) or None), report
             """
-        _ = try python(script, outcome.text)
+        _ = try python(script, outcome.text, options.isEmpty ? "0" : "\(24 << 20)")
+    }
+
+    @Test func `a source that has not told all that changed is found by --verify`() throws {
+        let changed = try ChangedDisk()
+        changed.peer.kill()
+        // Nothing counts this: neither what was written before the bitmap was made, nor what it has forgotten since.
+        try run("qemu-img", "bitmap", "--disable", changed.disk, "changes")
+        try run("qemu-io", "-c", "write -P 0x44 20M 4k", changed.disk)
+        try changed.peer.start()
+        let plain = try attempt("diskgate", "copy", changed.peer.uri(), changed.copy, "--changed", "changes")
+        #expect(plain.status == 0)
+        #expect(try !changed.isCopied)
+        let outcome = try attempt(
+            "diskgate", "copy", changed.peer.uri(), changed.copy, "--changed", "changes", "--verify")
+        #expect(outcome.status == 1 && outcome.errors.contains("first at offset \(20 << 20)"), "\(outcome)")
+        #expect(outcome.errors.contains("does not tell all that has changed"), "\(outcome)")
+        // It is known to be no copy, and nothing less than the whole makes it one.
+        #expect(access("\(changed.copy).incomplete", F_OK) == 0)
+        let again = try attempt("diskgate", "copy", changed.peer.uri(), changed.copy, "--changed", "changes")
+        #expect(again.status == 1, "\(again)")
+        try run("diskgate", "copy", changed.peer.uri(), changed.copy, "--force", "--verify")
+        #expect(try changed.isCopied)
     }
 
     @Test func `a bitmap in a local image works, too`() throws {

@@ -25,6 +25,48 @@ import Testing
         #expect(try isSame(image, folder.file("copy.raw")))
     }
 
+    /// A copy whose server is replaced in the middle, by one with another disk or by the same.
+    private func interrupted(_ other: (Folder, String) throws -> String, _ more: [String] = []) throws -> (
+        outcome: Outcome, isRight: Bool
+    ) {
+        let folder = try Folder()
+        let image = try folder.image("disk.raw", size: 48 << 20)
+        let served = folder.file("served.raw")
+        try run("cp", "--sparse=always", image, served)
+        let socket = folder.file("server")
+        let peer = try Peer(
+            "qemu-nbd", ["-t", "-r", "-f", "raw", "-e", "8", "-k", socket, served] + more, socket: socket)
+        let copy = folder.file("copy.raw")
+        let running = try Running([
+            "copy", peer.uri(), copy, "--json", "--limit-rate", "8M", "--journal-every", "1M", "--workers", "1",
+        ])
+        #expect(eventually { ((try? run("cat", "\(copy).journal").lines.count) ?? 0) > 5 })
+        peer.kill()
+        try run("cp", "--sparse=always", try other(folder, image), served)
+        try peer.start()
+        let outcome = try running.end()
+        return (outcome, try access(copy, F_OK) == 0 && isSame(image, copy))
+    }
+
+    @Test func `a server that is lost and says nothing of its disk makes the copy doubtful`() throws {
+        let (outcome, isRight) = try interrupted { $1 }
+        #expect(outcome.status == 3 && isRight && outcome.errors.contains("only --verify tells"), "\(outcome)")
+        #expect(outcome.text.contains("\"reconnects\" : 1") && outcome.text.contains("\"downgrades\" : ["))
+    }
+
+    @Test func `a server that is lost and describes its disk has it believed`() throws {
+        let (outcome, isRight) = try interrupted({ $1 }, ["-D", "point 5 of vda"])
+        #expect(outcome.status == 0 && isRight, "\(outcome)")
+    }
+
+    @Test func `a server that comes back with another disk is found out`() throws {
+        let (outcome, isRight) = try interrupted(
+            { folder, _ in
+                try folder.image("other.raw", size: 48 << 20, seed: 5)
+            }, ["-D", "point 5 of vda"])
+        #expect(outcome.status == 1 && !isRight && outcome.errors.contains("another snapshot"), "\(outcome)")
+    }
+
     @Test func `a server that stays away ends the copy, which can go on`() throws {
         let folder = try Folder()
         let image = try folder.image("disk.raw")

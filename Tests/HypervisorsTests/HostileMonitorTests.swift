@@ -78,7 +78,7 @@ private final class Stranger: Sendable {
     @Test(arguments: [
         "", "vm1", "qmp+unix:", "qmp+unix:q", "qmp+unix:/q?agent=a", "qmp+unix:/q?scratch=s",
         "qmp+tcp:h:1?nbd=localhost:1&scratch=s", "qmp+unix:/q?what=1", "qmp+unix:/q?agent=", "qmp+unix:/q%zz",
-        "qmp+tcp:host",
+        "qmp+tcp:host", "qmp+unix:/q?timeout=0", "qmp+unix:/q?timeout=1.5",
         "qmp+tcp:host:4444", "qmp+tcp:host:4444?nbd=h:1&scratch=/s", "qmp+tcp:h:0?nbd=localhost:1&scratch=/s",
         "qmp+tcp:h:1?nbd=h:1&scratch=/s&tls=on", "vsphere:vc/vm", "scp:vm", "foo:bar", "libvirt:", "libvirt:qemu",
         "libvirt:qemu:///system/", "libvirt:qemu+ssh://host/system/vm1", "libvirt:qemu:///system/-x",
@@ -111,6 +111,18 @@ private final class Stranger: Sendable {
     ])
     func brokenXMLIsAnError(text: String) {
         #expect(throws: BlockError.self) { try XMLElement(parsing: text) }
+    }
+
+    @Test func machinesAreTheSameWhateverElseTheirURIsSay() {
+        let libvirt = "libvirt:qemu+unix:///session?socket=/s"
+        for (one, other, areSame) in [
+            ("qmp+unix:/q", "qmp+unix:///q?timeout=5&scratch=/s", true), ("qmp+unix:/q", "qmp+unix:/r", false),
+            ("\(libvirt)/vm", "\(libvirt)&scratch=/x/vm", true), ("\(libvirt)/vm", "\(libvirt)/other", false),
+            ("libvirt:qemu:///system/vm", "libvirt:qemu:///session/vm", false), ("web", "web", true),
+            ("web", "qmp+unix:/q", false),
+        ] {
+            #expect(Hypervisors.areSame(one, other) == areSame, "\(one) \(other)")
+        }
     }
 
     @Test func XMLIsReadAsItIsWritten() throws {

@@ -42,6 +42,12 @@ private final class Domain {
 
     func io(_ command: String) throws { try lab(["io", command]) }
 
+    /// Gives the domain, which is off, another disk.
+    func attach(_ image: String, _ target: String) throws {
+        let kind = ["--driver", "qemu", "--subdriver", "qcow2"]
+        try lab(["virsh", "--", "attach-disk", "lab", image, target, "--config"] + kind)
+    }
+
     func checkpoints() throws -> [String] {
         try lab(["virsh", "--", "checkpoint-list", "lab", "--topological", "--name"])
             .split(separator: "\n").map(String.init)
@@ -144,12 +150,59 @@ struct LibvirtTests {
         let truth = domain.directory.file("truth.raw")
         _ = try Tool.output("qemu-img", ["convert", "-f", "qcow2", "-O", "raw", domain.image, truth])
         try requireEqual(copy, truth, "the copy of the machine that is off")
-        // It goes on from there when it runs again.
+        // It goes on from there when it runs again, with one more disk.
+        let other = domain.directory.file("other.qcow2")
+        _ = try Tool.output("qemu-img", ["create", "-q", "-f", "qcow2", other, "16M"])
+        try domain.attach(other, "vdb")
         try domain.lab(["restart"])
         try domain.io("write -q -P 0x66 6M 64k")
         let next = try provider.begin(domain.wanted(since: "diskgate-r-4", "r-6"), ledger: ledger)
         #expect(try copyChanges(next.disks[0], onto: copy) == 2 * 65536)
         try next.finish(adopting: true)
+        try changedPlaces(domain, provider, ledger, other)
+    }
+
+    /// Two images that change places both have the checkpoint's bitmap.
+    private func changedPlaces(_ domain: Domain, _ provider: any Provider, _ ledger: RunLedger, _ other: String) throws
+    {
+        var wanted = request(["vda", "vdb"], since: nil, checkpoint: "s-1")
+        wanted.scratchDirectory = domain.directory.path
+        try provider.begin(wanted, ledger: ledger).finish(adopting: true)
+        #expect(try provider.inspect().disks.allSatisfy { $0.checkpoints.contains("diskgate-s-1") })
+        try domain.lab(["virsh", "--", "destroy", "lab", "--graceful"])
+        for target in ["vda", "vdb"] { try domain.lab(["virsh", "--", "detach-disk", "lab", target, "--config"]) }
+        try domain.attach(other, "vda")
+        try domain.attach(domain.image, "vdb")
+        #expect(try provider.inspect().disks.map(\.checkpoints) == [[], []])
+        wanted = request(["vda", "vdb"], since: "diskgate-s-1", checkpoint: "s-2")
+        let session = try provider.begin(wanted, ledger: ledger)
+        #expect(session.disks.allSatisfy { $0.changedContext == nil && $0.downgrade != nil })
+    }
+
+    /// After an external snapshot, changes of before it are not in the image's own bitmaps: all of the disk is read,
+    /// that below the image included.
+    private func offlineOverABackingFile(_ domain: Domain, _ provider: any Provider) throws {
+        try domain.lab(["virsh", "--", "destroy", "lab", "--graceful"])
+        let deadline = monotonicSeconds() + 30
+        while try provider.inspect().isRunning {
+            try require(monotonicSeconds() < deadline, "the domain does not end")
+            usleep(50_000)
+        }
+        let base = "\(domain.image).base"
+        try require(rename(domain.image, base) == 0, "renaming the image")
+        _ = try Tool.output("qemu-img", ["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", domain.image])
+        _ = try Tool.output("qemu-io", ["-f", "qcow2", "-c", "write -q -P 0x77 3M 64k", domain.image])
+        let session = try provider.begin(domain.wanted(since: "diskgate-r-2", "r-9"), ledger: domain.ledger())
+        #expect(session.disks[0].changedContext == nil)
+        #expect(session.disks[0].downgrade?.contains("backing file") == true, "\(session.disks[0])")
+        let device = try session.disks[0].source.open()
+        var copy = [UInt8](repeating: 0xEE, count: Int(device.info.size))
+        try copy.withUnsafeMutableBytes { try device.read(into: $0, at: 0) }
+        try session.check(isLast: true)
+        try session.finish(adopting: true)
+        let truth = domain.directory.file("truth.raw")
+        _ = try Tool.output("qemu-img", ["convert", "-f", "qcow2", "-O", "raw", domain.image, truth])
+        try requireEqual(copy, try contentOfFile(truth), "the copy of an image with a backing file")
     }
 
     @Test func leftoversAndForeignThings() throws {
@@ -170,6 +223,7 @@ struct LibvirtTests {
             }
             #expect(try domain.leftovers().isEmpty)
             #expect(try domain.checkpoints().isEmpty)
+            let socket = domain.directory.file("theirs.sock")
             // A foreign checkpoint stays, whatever is done to ours; a missing one means a full.
             try domain.lab(["virsh", "--", "checkpoint-create-as", "lab", "theirs"])
             let other = try domain.ledger()
@@ -180,6 +234,17 @@ struct LibvirtTests {
             #expect(throws: BlockError.self) { try provider.begin(domain.wanted("r-9"), ledger: try domain.ledger()) }
             try session.check(isLast: true)
             try session.finish(adopting: true)
+            #expect(try domain.checkpoints() == ["theirs", "diskgate-r-1"])
+            // Nor is it taken for ours, which somebody has ended.
+            let ended = try provider.begin(domain.wanted("r-5"), ledger: other)
+            let theirs = try domain.directory.makeFile(
+                "theirs.xml",
+                Array("<domainbackup mode='pull'><server transport='unix' socket='\(socket)'/></domainbackup>".utf8))
+            try domain.lab(["virsh", "--", "domjobabort", "lab"])
+            try domain.lab(["virsh", "--", "backup-begin", "lab", theirs])
+            try requireError(.inputOutput, "another one has begun") { try ended.check(isLast: true) }
+            try domain.lab(["virsh", "--", "domjobabort", "lab"])
+            try ended.finish(adopting: false)
             #expect(try domain.checkpoints() == ["theirs", "diskgate-r-1"])
             // A bitmap that was removed behind libvirt's back.
             let removal: JSONValue = [
@@ -196,6 +261,7 @@ struct LibvirtTests {
             #expect(try provider.unprotect() == ["removed the checkpoint diskgate-r-2"])
             #expect(try domain.checkpoints() == ["theirs"])
             #expect(try domain.leftovers().isEmpty)
+            try offlineOverABackingFile(domain, provider)
         }
     }
 }

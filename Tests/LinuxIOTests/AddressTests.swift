@@ -104,6 +104,21 @@ import Testing
         }
     }
 
+    /// A server that is looked for hears nothing of it.
+    @Test func askingForAServerIsNoConnection() throws {
+        try withTemporaryDirectory { directory in
+            let path = directory.file("s")
+            #expect(!isAbandonedSocket(path))
+            do {
+                let server = try ListeningSocket.listen(on: .unix(path: path))[0].descriptor
+                #expect(!isAbandonedSocket(path))
+                var ready = pollfd(fd: server.number, events: Int16(POLLIN), revents: 0)
+                #expect(poll(&ready, 1, 0) == 0)
+            }
+            #expect(isAbandonedSocket(path))
+        }
+    }
+
     /// A file that is no socket is never removed.
     @Test func fileInTheWayStays() throws {
         try withTemporaryDirectory { directory in

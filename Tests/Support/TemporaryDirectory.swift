@@ -31,6 +31,9 @@ public struct TemporaryDirectory: Sendable {
     }
 }
 
+/// A directory in memory where there is one: for tests that make many small files durable and pull no plug.
+public let placeInMemory: String? = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : nil
+
 /// Runs a body with a new directory, which is removed with everything in it when the body ends.
 ///
 /// - Parameter place: the directory to make it in; nil for TMPDIR, or /var/tmp, which is on a disk in most places.

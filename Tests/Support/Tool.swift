@@ -50,10 +50,18 @@ public enum Tool {
             posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0)
             posix_spawn_file_actions_addopen(&actions, 1, directory.file("output"), flags, 0o600)
             posix_spawn_file_actions_addopen(&actions, 2, directory.file("errors"), flags, 0o600)
+            // The threads that run tests take no signals; programs are to.
+            var attributes = posix_spawnattr_t()
+            posix_spawnattr_init(&attributes)
+            defer { posix_spawnattr_destroy(&attributes) }
+            var none = sigset_t()
+            sigemptyset(&none)
+            posix_spawnattr_setsigmask(&attributes, &none)
+            posix_spawnattr_setflags(&attributes, Int16(POSIX_SPAWN_SETSIGMASK))
             var words: [UnsafeMutablePointer<CChar>?] = ([name] + arguments).map { strdup($0) } + [nil]
             defer { for word in words { free(word) } }
             var process: pid_t = 0
-            let result = posix_spawn(&process, program, &actions, nil, &words, environ)
+            let result = posix_spawn(&process, program, &actions, &attributes, &words, environ)
             try require(result == 0, "starting \(name): \(systemErrorText(result))")
             var status: Int32 = 0
             while waitpid(process, &status, 0) < 0 {

@@ -36,6 +36,24 @@ import Transports
         }
     }
 
+    @Test func severalThingsAreOnesOfTheirOwn() throws {
+        try withTemporaryDirectory { directory in
+            let state = directory.file("state")
+            do {
+                let ledger = try RunLedger.begin(stateDirectory: state, machine: "m", repository: nil)
+                _ = try ledger.intend("a.first", [:])
+                let made = try ledger.intend([("a.second", ["x": "1"]), ("a.third", [:])])
+                #expect(made == Array(ledger.obligations.dropFirst()))
+                try ledger.settle(made[0])
+            }
+            let ledger = try #require(try RunLedger.takeAbandoned(stateDirectory: state).ledgers.first)
+            #expect(ledger.obligations.map(\.kind) == ["a.first", "a.third"])
+            #expect(Set(ledger.obligations.map(\.id)).count == 2)
+            let known = ledger.obligations.map(\.id)
+            #expect(!known.contains(try ledger.intend("a.fourth", [:]).id))
+        }
+    }
+
     @Test func endKeepsWhatIsOpen() throws {
         try withTemporaryDirectory { directory in
             let state = directory.file("state")

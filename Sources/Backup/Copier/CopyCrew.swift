@@ -14,7 +14,7 @@ struct CopySegment {
 
 /// The shared state of a copy's workers.
 final class CopyCrew: @unchecked Sendable {
-    // Sendable because everything that changes is touched under `mutex`.
+    // Sendable because everything that changes is touched under `lock`.
 
     /// The most bytes of data, and of zeros, in one segment: small enough for all workers to have some, and for a stop
     /// not to take long.
@@ -37,11 +37,11 @@ final class CopyCrew: @unchecked Sendable {
     let stop = Cancellation()
     private let skipsZeros: Bool
     private let zeroUnit: Int
-    private let mutex: UnsafeMutablePointer<pthread_mutex_t>
-    private let changed: UnsafeMutablePointer<pthread_cond_t>
+    private let lock = Lock()
+    private let changed = Condition()
     // Whoever plans touches it, of whom there is one at a time.
     private var plan: CopyPlan
-    // Under the mutex.
+    // Under the lock.
     private var isPlanning = false
     private var isPlanned = false
     private var queue: [CopyItem] = []
@@ -64,30 +64,7 @@ final class CopyCrew: @unchecked Sendable {
         let block = max(target.granularity, UInt64(source.remote?.agreement.blockSizes.minimum ?? 1))
         zeroUnit = Int(max(block, 32768))
         plan = CopyPlan(source.device, changed: changed, granularity: block)
-        mutex = .allocate(capacity: 1)
-        mutex.initialize(to: pthread_mutex_t())
-        pthread_mutex_init(mutex, nil)
-        self.changed = .allocate(capacity: 1)
-        self.changed.initialize(to: pthread_cond_t())
-        var attributes = pthread_condattr_t()
-        pthread_condattr_init(&attributes)
-        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
-        pthread_cond_init(self.changed, &attributes)
-        pthread_condattr_destroy(&attributes)
         progress.size = source.device.info.size
-    }
-
-    deinit {
-        pthread_cond_destroy(changed)
-        changed.deallocate()
-        pthread_mutex_destroy(mutex)
-        mutex.deallocate()
-    }
-
-    private func locked<R, E: Error>(_ body: () throws(E) -> R) throws(E) -> R {
-        pthread_mutex_lock(mutex)
-        defer { pthread_mutex_unlock(mutex) }
-        return try body()
     }
 
     // MARK: - Work
@@ -96,22 +73,22 @@ final class CopyCrew: @unchecked Sendable {
     ///
     /// - Parameter mayWait: whether to wait while others plan.
     func take(mayWait: Bool) -> Answer {
-        pthread_mutex_lock(mutex)
-        defer { pthread_mutex_unlock(mutex) }
+        lock.lock()
+        defer { lock.unlock() }
         while true {
             if stop.isCancelled || failure != nil { return .nothing }
             if nextItem < queue.count { return .work(cut()) }
             if isPlanned { return .nothing }
             if isPlanning {
                 if !mayWait { return .later }
-                pthread_cond_wait(changed, mutex)
+                changed.wait(holding: lock)
                 continue
             }
             planOn()
         }
     }
 
-    /// The first part of the queue's next item, as a segment; the mutex is held.
+    /// The first part of the queue's next item, as a segment; the lock is held.
     private func cut() -> CopySegment {
         let item = queue[nextItem]
         let step = item.kind == .data ? Self.dataMax : Self.zeroMax
@@ -124,16 +101,16 @@ final class CopyCrew: @unchecked Sendable {
         return segment
     }
 
-    /// Refills the queue, without the mutex while the source is asked; the mutex is held.
+    /// Refills the queue, without the lock while the source is asked; the lock is held.
     private func planOn() {
         isPlanning = true
         var items: [CopyItem] = []
         swap(&items, &queue)
         items.removeAll(keepingCapacity: true)
         nextItem = 0
-        pthread_mutex_unlock(mutex)
+        lock.unlock()
         let result = Result { () throws(BlockError) in try plan.next(into: &items) }
-        pthread_mutex_lock(mutex)
+        lock.lock()
         isPlanning = false
         isPlanned = plan.isDone
         settled = plan.settledEnd
@@ -148,7 +125,7 @@ final class CopyCrew: @unchecked Sendable {
         progress.planZeroBytes = plan.zeroBytes
         progress.isPlanned = isPlanned
         if case .failure(let error) = result { setFailure(error) }
-        pthread_cond_broadcast(changed)
+        changed.broadcast()
     }
 
     /// Notes that a part of a segment is done.
@@ -162,7 +139,7 @@ final class CopyCrew: @unchecked Sendable {
 
     /// Everything before this offset is on the target, or needed no work.
     var settledEnd: UInt64 {
-        locked {
+        lock.withLock {
             var end = settled
             if nextItem < queue.count { end = min(end, queue[nextItem].range.lowerBound) }
             // While somebody plans, what was settled before counts.
@@ -175,16 +152,16 @@ final class CopyCrew: @unchecked Sendable {
 
     /// Whether a call of the target may begin; if so, `endCall` follows.
     private func beginCall() throws(BlockError) {
-        try locked { () throws(BlockError) in
+        try lock.withLock { () throws(BlockError) in
             if isAbandoned || stop.isCancelled { throw failure ?? BlockError(.shutdown, "the copy was told to stop") }
             writers += 1
         }
     }
 
     private func endCall() {
-        locked {
+        lock.withLock {
             writers -= 1
-            if writers == 0 && stop.isCancelled { pthread_cond_broadcast(changed) }
+            if writers == 0 && stop.isCancelled { changed.broadcast() }
         }
     }
 
@@ -201,7 +178,7 @@ final class CopyCrew: @unchecked Sendable {
         } else {
             try target.write(bytes, at: offset)
         }
-        locked {
+        lock.withLock {
             progress.readBytes += range.count64
             progress.writtenBytes += range.count64 - zeroBytes
             if skipsZeros { progress.skippedBytes += zeroBytes } else { progress.zeroedBytes += zeroBytes }
@@ -248,7 +225,7 @@ final class CopyCrew: @unchecked Sendable {
         try beginCall()
         defer { endCall() }
         if !skipsZeros { try target.zero(range) }
-        locked {
+        lock.withLock {
             if skipsZeros {
                 progress.skippedBytes += range.count64
             } else {
@@ -268,7 +245,7 @@ final class CopyCrew: @unchecked Sendable {
         try beginCall()
         defer { endCall() }
         guard target.clone(file, from: offset, to: range) else { return false }
-        locked {
+        lock.withLock {
             progress.clonedBytes += range.count64
             finish(segment, range.count64)
         }
@@ -281,7 +258,7 @@ final class CopyCrew: @unchecked Sendable {
     /// Waits until so many bytes more may be read.
     func pay(_ bytes: UInt64) {
         guard let rate = options.bytesPerSecondMax, rate > 0 else { return }
-        let due = locked { () -> Double in
+        let due = lock.withLock { () -> Double in
             paidSeconds = max(paidSeconds, monotonicSeconds() - 0.1) + Double(bytes) / Double(rate)
             return paidSeconds
         }
@@ -293,16 +270,16 @@ final class CopyCrew: @unchecked Sendable {
     }
 
     /// Counts one more try to read something.
-    func countRetry() { locked { progress.retries += 1 } }
+    func countRetry() { lock.withLock { progress.retries += 1 } }
 
     /// Counts a connection that was made in place of a lost one.
-    func countReconnect() { locked { progress.reconnects += 1 } }
+    func countReconnect() { lock.withLock { progress.reconnects += 1 } }
 
     /// Ends the copy with an error; the first one counts.
     func fail(_ error: BlockError) {
-        locked { setFailure(error) }
+        lock.withLock { setFailure(error) }
         stop.cancel()
-        locked { _ = pthread_cond_broadcast(changed) }
+        lock.withLock { changed.broadcast() }
     }
 
     private func setFailure(_ error: BlockError) {
@@ -310,13 +287,13 @@ final class CopyCrew: @unchecked Sendable {
     }
 
     /// Why the copy has failed.
-    var error: BlockError? { locked { failure } }
+    var error: BlockError? { lock.withLock { failure } }
 
     /// A worker begins.
     ///
     /// - Returns: false when there is nothing left to do.
     func join() -> Bool {
-        locked {
+        lock.withLock {
             if stop.isCancelled || failure != nil || (isPlanned && nextItem == queue.count) { return false }
             workers += 1
             progress.workers = max(progress.workers, workers)
@@ -326,9 +303,9 @@ final class CopyCrew: @unchecked Sendable {
 
     /// A worker ends.
     func leave() {
-        locked {
+        lock.withLock {
             workers -= 1
-            pthread_cond_broadcast(changed)
+            changed.broadcast()
         }
     }
 
@@ -336,11 +313,10 @@ final class CopyCrew: @unchecked Sendable {
     ///
     /// - Returns: whether all have left.
     func wait(seconds: Double) -> Bool {
-        locked {
+        lock.withLock {
             let end = monotonicNanoseconds() + UInt64(seconds * 1e9)
             while workers > 0 && monotonicNanoseconds() < end {
-                var time = timespec(tv_sec: Int(end / 1_000_000_000), tv_nsec: Int(end % 1_000_000_000))
-                pthread_cond_timedwait(changed, mutex, &time)
+                _ = changed.wait(holding: lock, until: end)
             }
             return workers == 0
         }
@@ -348,15 +324,15 @@ final class CopyCrew: @unchecked Sendable {
 
     /// Keeps workers that wait for their source from the target, and waits for calls of the target that are under way.
     func abandonWorkers() {
-        locked {
+        lock.withLock {
             isAbandoned = true
             // A reader that has stopped reading would hold up a stream forever, and nothing is lost with it.
-            while writers > 0 && !target.isSequential { pthread_cond_wait(changed, mutex) }
+            while writers > 0 && !target.isSequential { changed.wait(holding: lock) }
         }
     }
 
     /// How far the copy is.
-    var current: CopyProgress { locked { progress } }
+    var current: CopyProgress { lock.withLock { progress } }
 }
 
 extension UnsafeRawBufferPointer {

@@ -2,6 +2,7 @@
 public import Block
 import Glibc
 import LinuxIO
+import NBD
 public import Transports
 
 /// What a user wants copied.
@@ -52,8 +53,10 @@ public struct CopyReport: Sendable, Encodable {
     /// Bytes compared; nil where nothing was.
     public var bytesVerified: UInt64?
     public var retries: Int
-    /// Connections that were made in place of lost ones; only `bytesVerified` tells that the same disk has answered.
+    /// Connections to the source that were made in place of lost ones.
     public var reconnects: Int
+    /// What makes the copy less than what was asked for.
+    public var downgrades: [String]
     public var workers: Int
     public var seconds: Double
 }
@@ -84,25 +87,32 @@ public enum CopyJob {
             request.destination, size: device.info.size, source: source.identity, scope: scope, rules)
         defer { reporter.finish() }
         do throws(BlockError) {
-            if request.resumes { try CopySamples.check(destination, against: source, changed: request.changed) }
+            if request.resumes, let copy = destination.device, let done = destination.finished.ranges.first {
+                try CopySamples.check(
+                    copy, done, against: source, changed: request.changed,
+                    granularity: destination.target.granularity, doing: "resuming")
+            }
             var options = request.options
             options.finished = destination.finished
             let copier = try Copier(
                 source: source, changed: request.changed, target: destination.target, options: options,
                 cancellation: cancellation)
+            let before = reconnections(request)
             let result = try copier.run(
                 progress: { reporter.update($0) },
                 checkpoint: { (end) throws(BlockError) in try destination.journal?.note(settledEnd: end) })
             try destination.seal()
+            let reconnects = reconnections(request) - before
             let compared = try request.verifies ? verify(request, source, destination, reporter, cancellation) : nil
+            let doubt = try request.verifies || reconnects == 0 ? nil : doubt(request, source, destination)
             try destination.complete()
             return CopyReport(
                 source: request.source.source.description, destination: destination.name,
                 scope: request.changed ?? "full", size: device.info.size, bytesRead: result.readBytes,
                 bytesWritten: result.writtenBytes, bytesZeroed: result.zeroedBytes, bytesSkipped: result.skippedBytes,
                 bytesCloned: result.clonedBytes, bytesResumed: result.resumedBytes, bytesVerified: compared,
-                retries: result.retries, reconnects: result.reconnects, workers: result.workers, seconds: result.seconds
-            )
+                retries: result.retries, reconnects: reconnects, downgrades: doubt.map { [$0] } ?? [],
+                workers: result.workers, seconds: result.seconds)
         } catch {
             destination.abandon()
             guard let advice = destination.advice else { throw error }
@@ -110,7 +120,37 @@ public enum CopyJob {
         }
     }
 
-    /// Reads source and copy again and compares them.
+    private static func reconnections(_ request: CopyRequest) -> Int {
+        guard case .nbd(let uri) = request.source.source.kind else { return 0 }
+        return Reconnections.count(of: uri)
+    }
+
+    /// Whether a copy whose source was connected to again may be of two disks.
+    ///
+    /// - Returns: why; nil when the server has named the same disk each time.
+    /// - Throws: `.denied` when samples show that it is of two.
+    private static func doubt(_ request: CopyRequest, _ source: CopySource, _ destination: OpenDestination)
+        throws(BlockError) -> String?
+    {
+        if let copy = destination.device {
+            (destination.target as? DeviceTarget)?.dropCache()
+            do throws(BlockError) {
+                try CopySamples.check(
+                    copy, 0..<source.device.info.size, against: source, changed: request.changed,
+                    granularity: destination.target.granularity, doing: "after connecting to the source again")
+            } catch {
+                if error.kind == .denied { destination.reject() }
+                throw error
+            }
+        }
+        // Where the server describes the disk, another connection has led to one of the same description.
+        if source.device.info.identity.contains(where: { $0.key == "description" }) { return nil }
+        return "the connection to the source was lost on the way, and the server says nothing that names the disk: "
+            + "only --verify tells whether all of the copy is of one"
+    }
+
+    /// Reads source and copy again and compares them: all of them, also where only what changed was copied, since the
+    /// source may not have told all of that.
     ///
     /// - Returns: bytes compared.
     private static func verify(
@@ -125,15 +165,19 @@ public enum CopyJob {
         options.detectsZeros = false
         options.observer = nil
         let copier = try Copier(
-            source: source, changed: request.changed, target: target, options: options, cancellation: cancellation)
+            source: source, target: target, options: options, cancellation: cancellation)
         _ = try copier.run(progress: { reporter.update($0) })
         let result = target.result
         guard let first = result.firstDifference else { return result.bytes }
         destination.reject()
+        let more = request.changed.map {
+            ", or \($0) does not tell all that has changed, or the copy was no copy of what it counts from: make a "
+                + "whole copy, without --changed"
+        }
         throw BlockError(
             .corrupt,
             "verifying \(copy.info.name): it differs from \(source.device.info.name) in \(result.differences) pieces "
                 + "of 64 KiB, first at offset \(first); the source may be changing, or the storage of one of them is "
-                + "defective")
+                + "defective\(more ?? "")")
     }
 }

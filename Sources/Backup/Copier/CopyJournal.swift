@@ -32,7 +32,8 @@ struct CopyIdentity: Equatable {
 /// A file of text lines, each of which ends with a hash of what is before it: what it belongs to, then ranges. A last
 /// line that a crash has cut off says nothing.
 final class CopyJournal {
-    private static let title = "diskgate copy journal 1"
+    /// The first line.
+    static let title = "diskgate copy journal 1"
     /// The line that says that the copy was found wrong.
     private static let rejection = "differs"
     /// More is no journal.
@@ -50,7 +51,8 @@ final class CopyJournal {
         self.settled = settled
     }
 
-    private static func line(_ text: String) -> [UInt8] {
+    /// A line with its hash.
+    static func line(_ text: String) -> [UInt8] {
         let bytes = Array(text.utf8)
         let hash = bytes.withUnsafeBytes { XXH3_64bits($0.baseAddress, $0.count) }
         let digits = String(hash, radix: 16)

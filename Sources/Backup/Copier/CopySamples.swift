@@ -1,4 +1,4 @@
-// Before a copy goes on: some pieces of what is done are compared, as another snapshot may have the same name.
+// When a copy goes on after a break, pieces of what is done are compared: another snapshot may have the same name.
 import Block
 import Glibc
 import NBD
@@ -13,11 +13,17 @@ enum CopySamples {
 
     /// Looks where data was copied: holes are the same in all snapshots.
     ///
+    /// - Parameters:
+    ///   - done: what is copied, from 0.
+    ///   - granularity: of the target.
+    ///   - doing: what is going on, for people: "resuming".
     /// - Throws: `.denied` when a piece differs, or what reading throws.
-    static func check(_ destination: OpenDestination, against source: CopySource, changed: String?) throws(BlockError) {
-        guard let copy = destination.device, let done = destination.finished.ranges.first else { return }
+    static func check(
+        _ copy: any BlockDevice, _ done: Range<UInt64>, against source: CopySource, changed: String?,
+        granularity: UInt64, doing: String
+    ) throws(BlockError) {
         let context = try changed.map { (name) throws(BlockError) in try source.changedContext(name) }
-        let block = max(destination.target.granularity, UInt64(source.remote?.agreement.blockSizes.minimum ?? 1))
+        let block = max(granularity, UInt64(source.remote?.agreement.blockSizes.minimum ?? 1))
         var plan = CopyPlan(source.device, changed: context, granularity: block)
         let left = Buffer(count: Int(pieceMax))
         let right = Buffer(count: Int(pieceMax))
@@ -29,7 +35,7 @@ enum CopySamples {
             guard let a = one.baseAddress, let b = other.baseAddress, memcmp(a, b, one.count) == 0 else {
                 throw BlockError(
                     .denied,
-                    "resuming the copy to \(copy.info.name): what was copied at \(piece.lowerBound) is not what "
+                    "\(doing), the copy to \(copy.info.name): what was copied at \(piece.lowerBound) is not what "
                         + "\(source.device.info.name) has there now: it is another snapshot, or it is being changed; "
                         + "make a whole copy anew with --force")
             }

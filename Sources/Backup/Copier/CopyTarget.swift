@@ -14,6 +14,9 @@ public protocol CopyTarget: AnyObject, Sendable {
     var granularity: UInt64 { get }
     /// The most bytes of one write, a multiple of `granularity`.
     var writeMax: Int { get }
+    /// Bytes of one write that suit the target: a power of two, at least 64 KiB, at most `writeMax`. What goes through
+    /// the page cache is best read and written while it is in the processor's cache; storage likes larger pieces.
+    var pieceBytes: Int { get }
     /// Whether ranges have to come in order, without gaps.
     var isSequential: Bool { get }
     /// Whether everything that was never written reads as zeros, so that a full copy has nothing to do for zeros.
@@ -38,6 +41,7 @@ public protocol CopyTarget: AnyObject, Sendable {
 }
 
 extension CopyTarget {
+    public var pieceBytes: Int { 256 << 10 }
     public var readsAsZeros: Bool { false }
     public func clone(_ file: FileRef, from offset: UInt64, to range: Range<UInt64>) -> Bool { false }
     public func startFlushing() {}

@@ -13,10 +13,14 @@ public final class DeviceTarget: CopyTarget {
     public let writeMax = 1 << 20
     public let isSequential = false
     public let readsAsZeros: Bool
+    public let pieceBytes: Int
     /// The disk.
     public let device: any BlockDevice
     private let isFile: Bool
+    /// What is behind the disk, byte by byte, where it is a file or node.
+    private let file: FileRef?
     private let canClone: Atomic<Bool>
+    private let direct: DirectWriter?
 
     /// A target over a disk that is open for writing.
     ///
@@ -30,9 +34,16 @@ public final class DeviceTarget: CopyTarget {
         granularity = UInt64(max(device.info.minimumBlock, 4096))
         isFile = device is RawFileDevice
         canClone = Atomic(isFile)
+        file = isFile || device is BlockNodeDevice ? Self.openFile(of: device) : nil
+        direct = isFile ? file.flatMap { DirectWriter($0.descriptor) } : nil
+        let isDirect = direct != nil || file?.traits.contains(.direct) == true
+        pieceBytes = isDirect ? 1 << 20 : 256 << 10
     }
 
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError) {
+        do throws(BlockError) {
+            if let direct, try direct.write(bytes, at: offset) { return }
+        } catch { throw error.during("writing to \(name)") }
         try device.write(bytes, at: offset, durable: false)
     }
 
@@ -40,34 +51,35 @@ public final class DeviceTarget: CopyTarget {
 
     public func flush() throws(BlockError) { try device.flush() }
 
-    /// The open file of a range, where the disk is a file.
-    private func file(of range: Range<UInt64>) -> (FileRef, offset: UInt64)? {
-        guard isFile else { return nil }
+    private static func openFile(of device: any BlockDevice) -> FileRef? {
+        let all = 0..<device.info.size
         var extents = ExtentList(capacity: 1)
-        let end = try? device.map(range, .blocking, into: &extents)
-        guard end == range.upperBound, case .file(let file, let offset) = extents[0].place else { return nil }
-        return (file, offset)
+        guard !all.isEmpty, let end = try? device.map(all, .blocking, into: &extents), end == all.upperBound,
+            case .file(let file, 0) = extents[0].place
+        else { return nil }
+        return file
     }
 
     public func clone(_ file: FileRef, from offset: UInt64, to range: Range<UInt64>) -> Bool {
-        if !canClone.load(ordering: .relaxed) || file.traits.contains(.blockNode) { return false }
-        guard let (own, to) = self.file(of: range) else { return false }
-        let result = dg_clone_range(file.descriptor, offset, range.count64, own.descriptor, to)
+        guard let own = self.file, canClone.load(ordering: .relaxed), !file.traits.contains(.blockNode) else {
+            return false
+        }
+        let result = dg_clone_range(file.descriptor, offset, range.count64, own.descriptor, range.lowerBound)
         // What is refused for its alignment says nothing about the rest.
         if result < 0 && result != -EINVAL { canClone.store(false, ordering: .relaxed) }
         return result == 0
     }
 
     public func startFlushing() {
-        guard size > 0, let (own, _) = file(of: 0..<size), !own.traits.contains(.direct) else { return }
-        _ = sync_file_range(own.descriptor, 0, 0, UInt32(SYNC_FILE_RANGE_WRITE))
+        guard isFile, let file else { return }
+        _ = sync_file_range(file.descriptor, 0, 0, UInt32(SYNC_FILE_RANGE_WRITE))
     }
 
     /// Lets the system forget what it keeps of the file, which is durable, so that reading it again tells what the
     /// storage has.
     func dropCache() {
-        guard size > 0, let (own, _) = file(of: 0..<size) else { return }
-        posix_fadvise(own.descriptor, 0, 0, POSIX_FADV_DONTNEED)
+        guard isFile, let file else { return }
+        posix_fadvise(file.descriptor, 0, 0, POSIX_FADV_DONTNEED)
     }
 }
 

@@ -9,8 +9,10 @@ typealias NBDConnection = NBDDevice
 
 /// Reads over a connection of its own. What was in flight when the connection broke is read again over the next one.
 final class PipelinedReader {
-    /// Reads in flight: enough to hide a round trip on a local network, few enough to stay in the processor's cache.
-    static let depth = 8
+    /// Bytes in flight: enough to hide a round trip on a local network, few enough to stay in the processor's cache
+    /// where pieces are small.
+    private static let bytesInFlight: UInt64 = 2 << 20
+    private static let depths = UInt64(4)...8
 
     private enum State {
         case free
@@ -35,7 +37,9 @@ final class PipelinedReader {
     private let buffer: Buffer
     private let pieceBytes: UInt64
     private let inOrder: Bool
-    private var slots = [Slot](repeating: Slot(), count: depth)
+    /// Reads in flight.
+    private let depth: Int
+    private var slots: [Slot]
     private var flying = 0
     private var given: UInt64 = 0
     private var delivered: UInt64 = 0
@@ -52,9 +56,12 @@ final class PipelinedReader {
         inOrder = crew.target.isSequential
         let block = max(crew.target.granularity, UInt64(device.agreement.blockSizes.minimum))
         let limit = min(
-            UInt64(PlainReader.pieceMax), UInt64(crew.target.writeMax), UInt64(device.agreement.blockSizes.maximum))
+            UInt64(crew.target.pieceBytes), UInt64(device.agreement.blockSizes.maximum))
         pieceBytes = max(limit / block, 1) * block
-        buffer = Buffer(count: Self.depth * Int(pieceBytes))
+        let wanted = Self.bytesInFlight / pieceBytes
+        depth = Int(min(max(wanted, Self.depths.lowerBound), Self.depths.upperBound))
+        slots = [Slot](repeating: Slot(), count: depth)
+        buffer = Buffer(count: depth * Int(pieceBytes))
     }
 
     /// Works until nothing is left.
@@ -82,7 +89,7 @@ final class PipelinedReader {
         var loss: ChannelError?
         while true {
             // Several at once: they leave in one call, and arrive in few.
-            if loss == nil && failure == nil && flying <= Self.depth / 2 && !crew.stop.isCancelled {
+            if loss == nil && failure == nil && flying <= depth / 2 && !crew.stop.isCancelled {
                 do throws(ChannelError) { try submit(to: channel) } catch { lose(error, &loss) }
             }
             if flying == 0 {

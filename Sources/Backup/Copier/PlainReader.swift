@@ -5,9 +5,6 @@ import LinuxIO
 
 /// Reads a piece, writes it, and so on: with files in the page cache nothing is faster.
 final class PlainReader {
-    /// Bytes of one piece: small enough to stay in the processor's cache between reading and writing.
-    static let pieceMax = 256 << 10
-
     private let crew: CopyCrew
     private let device: any BlockDevice
     private let buffer: Buffer
@@ -18,7 +15,7 @@ final class PlainReader {
     init(_ crew: CopyCrew) {
         self.crew = crew
         device = crew.source.device
-        pieceBytes = UInt64(max(min(Self.pieceMax, crew.target.writeMax), Int(crew.target.granularity)))
+        pieceBytes = UInt64(max(crew.target.pieceBytes, Int(crew.target.granularity)))
         buffer = Buffer(count: Int(pieceBytes))
     }
 

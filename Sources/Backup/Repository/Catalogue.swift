@@ -18,6 +18,10 @@ public struct PointSummary: Codable, Sendable, Equatable {
     /// Bytes on all disks, and bytes of data that were stored when the point was made.
     public var size: UInt64
     public var bytesWritten: UInt64
+    /// The files that have the point's own data, in the machine's directory, and the bytes that they take up now, when
+    /// earlier points may have been merged into them.
+    public var files: [String]
+    public var bytesHeld: UInt64
     /// What was said of it since.
     public var isPinned: Bool
     public var isSuspect: Bool
@@ -28,7 +32,7 @@ public struct PointSummary: Codable, Sendable, Equatable {
 /// manifests are read.
 struct Catalogue {
     static let fileName = "catalogue.sqlite"
-    private static let version = 1
+    private static let version = 2
     private let repository: Repository
     private var path: String { "\(repository.path)/\(Self.fileName)" }
 
@@ -46,7 +50,7 @@ struct Catalogue {
         do throws(BlockError) { return try indexed(machines) } catch {
             var summaries: [PointSummary] = []
             for machine in machines {
-                for point in try repository.readablePoints(of: machine) { summaries.append(try summary(point)) }
+                for point in try repository.readablePoints(of: machine) { summaries.append(summary(point)) }
             }
             return summaries
         }
@@ -82,7 +86,7 @@ struct Catalogue {
                 present.insert(name)
                 let stamp = stamp(file) ?? ""
                 if let entry = known[name], entry.stamp == stamp, entry.summary.machine == machine.name {
-                    all.append(try withMarks(entry.summary, machine))
+                    all.append(withCurrent(entry.summary, machine))
                     continue
                 }
                 let point: RestorePoint
@@ -90,7 +94,7 @@ struct Catalogue {
                     repository.warn("a point of \(machine.name) is left out: \(error.message)")
                     continue
                 }
-                let found = try summary(point)
+                let found = summary(point)
                 all.append(found)
                 fresh.append((name, stamp, found))
             }
@@ -134,21 +138,30 @@ struct Catalogue {
         }
     }
 
-    private func summary(_ point: RestorePoint) throws(BlockError) -> PointSummary {
+    private func summary(_ point: RestorePoint) -> PointSummary {
         let manifest = point.manifest
-        return try withMarks(
+        return withCurrent(
             PointSummary(
                 machine: point.machine.name, machineDirectory: point.machine.directory, sequence: point.sequence,
                 uuid: point.uuid, time: point.time, level: manifest.level, consistency: manifest.consistency.rawValue,
                 disks: manifest.disks.map(\.id), size: manifest.disks.reduce(0) { $0 &+ $1.size },
-                bytesWritten: manifest.disks.reduce(0) { $0 &+ $1.bytesWritten }, isPinned: false, isSuspect: false),
+                bytesWritten: manifest.disks.reduce(0) { $0 &+ $1.bytesWritten },
+                files: manifest.disks.map { "disks/\($0.directory)/\($0.file)" }, bytesHeld: 0, isPinned: false,
+                isSuspect: false),
             point.machine)
     }
 
-    /// Marks are files of their own: they are asked each time.
-    private func withMarks(_ summary: PointSummary, _ machine: RepositoryMachine) throws(BlockError) -> PointSummary {
+    /// Bytes that a file takes up; none where it is missing.
+    private func allocatedBytes(_ path: String) -> UInt64 {
+        var status = stat()
+        return stat(path, &status) == 0 ? UInt64(clamping: status.st_blocks) &* 512 : 0
+    }
+
+    /// Marks are files of their own, and files change when points are merged: they are asked each time.
+    private func withCurrent(_ summary: PointSummary, _ machine: RepositoryMachine) -> PointSummary {
         var marked = summary
         let layout = repository.layout(machine)
+        marked.bytesHeld = summary.files.reduce(0) { $0 &+ allocatedBytes("\(layout.path)/\($1)") }
         marked.isPinned = access(layout.mark(summary.sequence, .pinned), F_OK) == 0
         marked.isSuspect = access(layout.mark(summary.sequence, .suspect), F_OK) == 0
         return marked

@@ -88,6 +88,9 @@ final class ChunkHashes: Sendable {
     private struct Cache {
         var runIndex: UInt64?
         var run = Run(first: 0, count: 0, hash: nil)
+        /// Runs around the last ones that were looked at, and the index of the first of them.
+        var runs: [Run] = []
+        var runsStart: UInt64 = 0
         var hashStart: UInt64 = 0
         var hashes: [ChunkHash] = []
     }
@@ -225,10 +228,15 @@ extension ChunkHashes {
         if let known = cache.runIndex {
             if index >= cache.run.end { low = known + 1 } else { high = known }
         }
+        // What is in memory says without reading whether it has to be looked for elsewhere.
+        if let first = cache.runs.first, let last = cache.runs.last, first.first <= index, last.first > index {
+            low = max(low, cache.runsStart)
+            high = min(high, cache.runsStart + UInt64(cache.runs.count))
+        }
         while low < high {
             // Near the last one first, for callers that go on from there.
             let middle = low == (cache.runIndex ?? .max) &+ 1 ? low : low + (high - low) / 2
-            let run = try readRun(middle)
+            let run = try readRun(middle, &cache)
             if run.end <= index {
                 low = middle + 1
                 if cache.run.end <= run.end { (cache.runIndex, cache.run) = (middle, run) }
@@ -242,11 +250,20 @@ extension ChunkHashes {
         return nil
     }
 
-    private func readRun(_ index: UInt64) throws(BlockError) -> Run {
-        let buffer = Buffer(count: Self.runBytes)
-        try Self.read(
-            file, path, buffer.bytes, at: UInt64(Self.headerBytes) + index * UInt64(Self.runBytes))
-        let run = RunCursor.run(buffer.readable, 0)
+    /// Runs read at a time when one is looked for.
+    private static let runsAtOnce: UInt64 = 128
+
+    private func readRun(_ index: UInt64, _ cache: inout Cache) throws(BlockError) -> Run {
+        if index < cache.runsStart || index - cache.runsStart >= UInt64(cache.runs.count) {
+            let start = index - index % Self.runsAtOnce
+            let count = Int(min(Self.runsAtOnce, runCount - start))
+            let buffer = Buffer(count: count * Self.runBytes)
+            try Self.read(
+                file, path, buffer.bytes, at: UInt64(Self.headerBytes) + start * UInt64(Self.runBytes))
+            cache.runs = (0..<count).map { RunCursor.run(buffer.readable, $0 * Self.runBytes) }
+            cache.runsStart = start
+        }
+        let run = cache.runs[Int(index - cache.runsStart)]
         // Checked when it was opened; somebody may have written to it since.
         guard run.count > 0, run.first < Self.chunks(diskSize), run.count <= Self.chunks(diskSize) - run.first,
             run.hash.map({ $0 < dataChunks && run.count <= dataChunks - $0 }) ?? true

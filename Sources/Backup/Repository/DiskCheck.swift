@@ -125,3 +125,15 @@ struct DiskCheck {
         return findings
     }
 }
+
+extension BlockDevice {
+    /// Whether a range reads as zeros without anything being read.
+    fileprivate func readsAsHole(_ range: Range<UInt64>) throws(BlockError) -> Bool {
+        var extents = ExtentList(capacity: 64)
+        guard try map(range, .blocking, into: &extents) == range.upperBound else { return false }
+        for index in 0..<extents.count {
+            guard case .zeros = extents[index].place else { return false }
+        }
+        return true
+    }
+}

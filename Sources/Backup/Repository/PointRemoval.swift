@@ -14,10 +14,12 @@ struct PointRemoval {
     private let repository: Repository
     private let doomed: RestorePoint
     private let layout: MachineLayout
+    private let cancellation: Cancellation
 
-    init(_ repository: Repository, _ doomed: RestorePoint) {
+    init(_ repository: Repository, _ doomed: RestorePoint, _ cancellation: Cancellation) {
         self.repository = repository
         self.doomed = doomed
+        self.cancellation = cancellation
         layout = repository.layout(doomed.machine)
     }
 
@@ -100,10 +102,15 @@ struct PointRemoval {
                     merged: hashesName(next.sequence, merges: next.manifest.merged.count + 1)))
         }
         for pair in pairs where access(pair.oldData, F_OK) == 0 {
+            try checkCancelled()
             // One after the other: when the data has its new name, the hashes are there.
             try mergeHashes(pair)
             Step.reached("prune.hashes-merged")
-            if repository.driver == .qcow2 { _ = try Qcow2Merge.merge(child: pair.newData, into: pair.oldData) }
+            if repository.driver == .qcow2 {
+                try Qcow2Merge.merge(child: pair.newData, into: pair.oldData) { (_) throws(BlockError) in
+                    try checkCancelled()
+                }
+            }
             Step.reached("prune.data-merged")
         }
         // Whoever opens or verifies a chain now waits until names and manifest agree again.
@@ -119,6 +126,13 @@ struct PointRemoval {
         try carryMarks(to: next)
         try rewrite(next, pairs)
         Step.reached("prune.manifest-rewritten")
+    }
+
+    /// Throws when the user does not want to wait for the rest. Up to the new names, everything is done again by the
+    /// next one; what follows is short.
+    private func checkCancelled() throws(BlockError) {
+        try cancellation.check(
+            "removing \(doomed.description), which the next backup, prune or diskgate doctor --fix finishes")
     }
 
     private func mergeHashes(_ pair: Pair) throws(BlockError) {

@@ -91,8 +91,9 @@ public final class PointWriter: Sendable {
         var entries: [PointManifest.Disk] = []
         for disk in disks {
             let sidecar = try sha256(ofFile: "\(disk.hashes).partial")
-            try renameDurably("\(disk.data).partial", to: disk.data)
+            try rename("\(disk.data).partial", to: disk.data)
             Step.reached("seal.data-renamed")
+            // Which of them is durable first does not matter: neither counts before the manifest.
             try renameDurably("\(disk.hashes).partial", to: disk.hashes)
             Step.reached("seal.hashes-renamed")
             entries.append(entry(disk, sidecar, facts.disks[disk.id] ?? PointFacts.Disk()))
@@ -113,6 +114,10 @@ public final class PointWriter: Sendable {
         try removeDurably(repository.reservation(request.machine, sequence, request.run))
         if let obligation { try request.ledger?.settle(obligation) }
         return RestorePoint(manifest: manifest, machine: request.machine, path: path)
+    }
+
+    private func rename(_ old: String, to new: String) throws(BlockError) {
+        if Glibc.rename(old, new) < 0 { throw BlockError(errno: errno, "renaming \(old) to \(new)") }
     }
 
     private func entry(_ disk: Disk, _ sidecar: (digest: String, bytes: UInt64), _ facts: PointFacts.Disk)
@@ -145,8 +150,15 @@ public final class PointWriter: Sendable {
 
     /// Gives the point up and removes all that was written of it.
     ///
-    /// - Throws: `BlockError` when something cannot be removed; it then stands in the ledger.
+    /// - Throws: `BlockError` when something cannot be removed, or the repository is not where it was; it then stands
+    ///   in the ledger.
     public func abandon() throws(BlockError) {
+        if !Repository.exists(at: repository.path) {
+            throw BlockError(
+                .notFound,
+                "the repository \(repository.path) is not there any more; when it is back, diskgate doctor --fix "
+                    + "removes point \(sequence), which was not finished")
+        }
         try repository.removePartial(request.machine, sequence: sequence, run: request.run)
         if let obligation { try request.ledger?.settle(obligation) }
     }
@@ -170,8 +182,8 @@ extension Repository {
         let obligation = try request.ledger?.intend(
             Self.partialObligation,
             [
-                "repository": path, "machine": request.machine.directory, "sequence": String(sequence),
-                "run": request.run,
+                "repository": path, "id": try identity(), "machine": request.machine.directory,
+                "sequence": String(sequence), "run": request.run,
             ])
         Step.reached("point.intended")
         do throws(BlockError) {
@@ -251,14 +263,22 @@ extension Repository {
     /// was not committed. A point that was committed stays. Done again, it changes nothing.
     ///
     /// - Parameter lock: of `lockMachine` for the obligation's machine, where the caller has it; otherwise it is taken.
-    /// - Throws: `.denied` while a run or pruning of the machine is going on: the obligation stays; `.invalid` for an
-    ///   obligation of another kind or repository, or `BlockError` when a file stays.
+    /// - Throws: `.denied` while a run or pruning of the machine is going on, or when another repository is where the
+    ///   obligation's was: the obligation stays; `.invalid` for an obligation of another kind, or `BlockError` when a
+    ///   file stays.
     public func settle(_ obligation: Obligation, holding lock: FileLock? = nil) throws(BlockError) {
         let details = obligation.details
         guard obligation.kind == Self.partialObligation, let directory = details["machine"],
             let number = details["sequence"], let sequence = Int(number), let run = details["run"],
-            !directory.isEmpty, !directory.contains("/"), directory != "..", safeName(run, or: "") == run
+            !directory.isEmpty, !directory.utf8.contains(UInt8(ascii: "/")), directory != "..",
+            safeName(run, or: "") == run
         else { throw BlockError(.invalid, "removing what a run has left: \(obligation) is no such obligation") }
+        if let id = details["id"], try identity() != id {
+            throw BlockError(
+                .denied,
+                "removing what a run has left of point \(sequence): another repository is at \(path) now; is the file "
+                    + "system of the right one mounted?")
+        }
         let machine = RepositoryMachine(id: "", name: directory, directory: directory)
         if access(layout(machine).path, F_OK) < 0 && errno == ENOENT { return }
         let own = lock?.path == layout(machine).machineLock ? lock : try lockMachine(machine)

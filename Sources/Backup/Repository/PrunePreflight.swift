@@ -72,8 +72,9 @@ struct PrunePreflight {
 
     /// Looks whether there is space to merge a point into the one below, at most as much as the point takes.
     ///
+    /// - Returns: bytes that it may take.
     /// - Throws: `.noSpace`.
-    func checkSpace(toMerge point: RestorePoint, into base: Int) throws(BlockError) {
+    func checkSpace(toMerge point: RestorePoint, into base: Int) throws(BlockError) -> UInt64 {
         var needed: UInt64 = 0
         for disk in point.manifest.disks where disk.base == base {
             var files = [layout.hashes(disk.directory, disk.hashes.file)]
@@ -86,7 +87,14 @@ struct PrunePreflight {
                 needed = needed.addingReportingOverflow(UInt64(clamping: status.st_size)).partialValue
             }
         }
-        do throws(BlockError) { try repository.checkSpace(needed) } catch { throw error.during(place) }
+        let free = try repository.freeSpace()
+        if needed > free {
+            throw BlockError(
+                .noSpace,
+                "\(place): merging point \(point.sequence) into point \(base), before its own file goes, may take "
+                    + "\(needed >> 20) MiB, and \(free >> 20) MiB are free in \(repository.path); give it more space")
+        }
+        return needed
     }
 
     /// Refuses to take a point's files away while an image that is not the next point's is backed by one of them: its

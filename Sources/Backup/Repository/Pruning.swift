@@ -13,6 +13,8 @@ public struct PruneDecision: Sendable {
     public var isRemoved: Bool { reasons.isEmpty }
     /// The number of the point that takes over what it holds; nil when nobody needs it, or it stays.
     public var into: Int?
+    /// Bytes of free space that this may take while it is going on.
+    public var spaceNeeded: UInt64 = 0
 }
 
 extension Repository {
@@ -21,16 +23,16 @@ extension Repository {
     /// - Parameter lock: of `lockMachine`.
     /// - Returns: the points that are removed now.
     /// - Throws: `BlockError` when one cannot be finished; it stays begun.
-    public func finishRemovals(of machine: RepositoryMachine, holding lock: FileLock) throws(BlockError)
-        -> [RestorePoint]
-    {
+    public func finishRemovals(
+        of machine: RepositoryMachine, holding lock: FileLock, cancellation: Cancellation = Cancellation()
+    ) throws(BlockError) -> [RestorePoint] {
         try check(lock, machine)
         let doomed = try doomed(of: machine)
         for point in doomed {
             // Nobody can open it any more; whoever tries holds the lock for a moment only.
             let own = try FileLock.take(layout(machine).pointLock(point.sequence), wait: true)
             defer { withExtendedLifetime(own) {} }
-            try PointRemoval(self, point).run()
+            try PointRemoval(self, point, cancellation).run()
         }
         return doomed
     }
@@ -58,17 +60,18 @@ extension Repository {
     /// - Parameters:
     ///   - lock: of `lockMachine`.
     ///   - isDryRun: whether only to tell what would be done.
+    ///   - cancellation: ends it between two removals or within one, which is finished by the next backup or pruning.
     ///   - willRemove: called before each removal.
     /// - Returns: what became of each point, in order.
-    /// - Throws: `.invalid` for a rule that keeps nothing, or `BlockError` when a removal fails; it can be finished
-    ///   later.
+    /// - Throws: `.invalid` for a rule that keeps nothing, `.shutdown` when it was cancelled, or `BlockError` when a
+    ///   removal fails; it can be finished later.
     public func prune(
         _ machine: RepositoryMachine, keeping rule: RetentionRule, holding lock: FileLock, isDryRun: Bool = false,
-        willRemove: (PruneDecision) -> Void = { _ in }
+        cancellation: Cancellation = Cancellation(), willRemove: (PruneDecision) -> Void = { _ in }
     ) throws(BlockError) -> [PruneDecision] {
         try rule.check()
         try check(lock, machine)
-        if !isDryRun { _ = try finishRemovals(of: machine, holding: lock) }
+        if !isDryRun { _ = try finishRemovals(of: machine, holding: lock, cancellation: cancellation) }
         let points = try points(of: machine)
         var reasons = rule.reasons(for: points)
         if let newest = points.last, reasons[newest.sequence] == nil { reasons[newest.sequence] = ["newest"] }
@@ -81,10 +84,14 @@ extension Repository {
         // Merging is not undone: all that comes after the first point that goes has to be whole before it goes.
         if let first = decisions.firstIndex(where: \.isRemoved) {
             var preflight = PrunePreflight(self, machine, points)
-            for point in points[first...] { try preflight.check(point) }
+            for point in points[first...] {
+                try cancellation.check("pruning \(machine.name)")
+                try preflight.check(point)
+            }
         }
         for index in decisions.indices where decisions[index].isRemoved {
-            try remove(&decisions[index], isDryRun: isDryRun, willRemove)
+            try cancellation.check("pruning \(machine.name)")
+            try remove(&decisions[index], isDryRun: isDryRun, cancellation, willRemove)
         }
         return decisions
     }
@@ -96,7 +103,8 @@ extension Repository {
     }
 
     private func remove(
-        _ decision: inout PruneDecision, isDryRun: Bool, _ willRemove: (PruneDecision) -> Void
+        _ decision: inout PruneDecision, isDryRun: Bool, _ cancellation: Cancellation,
+        _ willRemove: (PruneDecision) -> Void
     ) throws(BlockError) {
         let point = decision.point
         guard let own = try FileLock.take(layout(point.machine).pointLock(point.sequence)) else {
@@ -116,7 +124,10 @@ extension Repository {
         }
         decision.into = next.first?.sequence
         let preflight = PrunePreflight(self, point.machine, [])
-        for next in next { try preflight.checkSpace(toMerge: next, into: point.sequence) }
+        for next in next {
+            let needed = try preflight.checkSpace(toMerge: next, into: point.sequence)
+            decision.spaceNeeded = max(decision.spaceNeeded, needed)
+        }
         let files = next.flatMap { next in
             next.manifest.disks.map { "\(layout(point.machine).disk($0.directory))/\($0.file)" }
         }
@@ -126,6 +137,7 @@ extension Repository {
         let doomed = "\(point.path)\(Self.doomedEnding)"
         try renameDurably(point.path, to: doomed)
         Step.reached("prune.marked")
-        try PointRemoval(self, RestorePoint(manifest: now.manifest, machine: point.machine, path: doomed)).run()
+        try PointRemoval(self, RestorePoint(manifest: now.manifest, machine: point.machine, path: doomed), cancellation)
+            .run()
     }
 }

@@ -154,7 +154,9 @@ public final class Repository: Sendable {
     }
 
     /// Machines that cannot be read: their directories, and why.
-    func unreadableMachines() throws(BlockError) -> [(directory: String, reason: String)] {
+    ///
+    /// - Throws: `BlockError` when the repository cannot be read.
+    public func unreadableMachines() throws(BlockError) -> [(directory: String, reason: String)] {
         var found: [(directory: String, reason: String)] = []
         for directory in try namesIfThere("\(path)/vms") {
             do throws(BlockError) { _ = try machine(inDirectory: directory) } catch {

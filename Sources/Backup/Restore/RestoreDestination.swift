@@ -218,7 +218,7 @@ extension Repository {
             if let real = realpath(known, nil) {
                 defer { free(real) }
                 let text = String(cString: real)
-                if text != path && !text.hasPrefix(path == "/" ? "/" : "\(path)/") { return }
+                if text != path && !text.utf8.starts(with: (path == "/" ? "/" : "\(path)/").utf8) { return }
                 throw BlockError(
                     .invalid, "restoring to \(place): it lies in the repository \(path); take another place")
             }

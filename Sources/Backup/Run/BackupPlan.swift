@@ -66,7 +66,8 @@ struct BackupPlan {
         }
         guard disk.checkpoints.contains(checkpoint) else {
             return downgraded(
-                "the checkpoint \(checkpoint) of point \(last.sequence) is not there any more, or is not consistent")
+                "the checkpoint \(checkpoint) of point \(last.sequence) is not there any more, is not consistent, or "
+                    + "is another image's")
         }
         if let problem = problem(before) { return downgraded(problem) }
         return Disk(disk: disk, since: checkpoint)

@@ -41,18 +41,18 @@ public final class BackupRun {
     public func plan() throws(BlockError) -> RunReport {
         let provider = try Hypervisors.open(request.machine)
         let machine = try inspect(provider)
-        var last: RestorePoint?
+        var points: [RestorePoint] = []
         var repository: Repository?
         if Repository.exists(at: request.repository) {
             let found = try Repository.open(at: request.repository)
             repository = found
             if let known = try found.machines().first(where: { $0.id == machine.id }) {
-                last = try found.points(of: known).last
+                points = try found.points(of: known)
             }
         } else {
             report.warnings.append("there is no repository at \(request.repository) yet: it would be made")
         }
-        let plan = try makePlan(machine, last, repository)
+        let plan = try makePlan(machine, points, repository)
         for disk in plan.disks { report.disks.append(RunReport.Disk(disk)) }
         report.outcome = .planned
         return report
@@ -76,22 +76,31 @@ public final class BackupRun {
 
     private func perform() throws(BlockError) {
         let provider = try Hypervisors.open(request.machine)
-        let first = try inspect(provider)
+        report.machine = provider.name
+        let deadline = monotonicSeconds() + Double(request.waitSeconds)
+        // Not only for the lock: the machine itself may talk to nobody else while it is backed up.
+        try awaitOthers(until: deadline)
+        let (id, name) = try provider.identify()
+        report.machineName = name
         let repository = try Repository.openOrCreate(at: request.repository)
-        let place = try repository.enroll(id: first.id, name: first.name)
-        let lock = try lockMachine(place, in: repository)
+        let place = try repository.enroll(id: id, name: name)
+        let lock = try lockMachine(place, in: repository, until: deadline)
         giveBackEarlier(holding: lock)
         finishRemovals(of: place, in: repository, holding: lock)
-        // What earlier runs gave back may have changed what is known of the disks.
+        // Only now: who had the lock before, or what was given back, may have changed what is known of the disks.
         let machine = try inspect(provider)
-        let last = try repository.points(of: place).last
-        let plan = try makePlan(machine, last, repository)
+        if machine.id != id {
+            throw BlockError(.invalid, "backing up \(provider.name): another machine is there than a moment ago")
+        }
+        let points = try repository.points(of: place)
+        let plan = try makePlan(machine, points, repository)
         try cancellation.check("backing up \(machine.name)")
         let ledger = try RunLedger.begin(
             stateDirectory: request.stateDirectory, machine: request.machine, repository: repository.path, runID: runID)
         Step.reached("run.ledger-begun")
         let context = RunContext(
-            machine: machine, place: place, lock: lock, plan: plan, last: last, repository: repository, ledger: ledger)
+            machine: machine, place: place, lock: lock, plan: plan, last: points.last, repository: repository,
+            ledger: ledger)
         try settling(ledger) { () throws(BlockError) in try backUp(provider, context) }
         Step.reached("run.ledger-ended")
         prune(context)
@@ -101,7 +110,8 @@ public final class BackupRun {
     private func prune(_ context: RunContext) {
         guard let rule = request.retention else { return }
         do throws(BlockError) {
-            let decisions = try context.repository.prune(context.place, keeping: rule, holding: context.lock)
+            let decisions = try context.repository.prune(
+                context.place, keeping: rule, holding: context.lock, cancellation: cancellation)
             report.removed = decisions.filter(\.isRemoved).map(\.point.sequence)
         } catch { report.warnings.append("removing points that are not to stay: \(error.message)") }
     }
@@ -113,8 +123,28 @@ public final class BackupRun {
         return machine
     }
 
-    private func lockMachine(_ machine: RepositoryMachine, in repository: Repository) throws(BlockError) -> FileLock {
-        let deadline = monotonicSeconds() + Double(request.waitSeconds)
+    /// Waits until no run of the machine is going on that keeps its ledger here, into whatever repository.
+    private func awaitOthers(until deadline: Double) throws(BlockError) {
+        let doctor = Doctor(stateDirectory: request.stateDirectory)
+        while true {
+            let runs = try doctor.list(machine: request.machine).findings.filter {
+                $0.isGoingOn && $0.run.repository != nil
+            }
+            guard let other = runs.first else { return }
+            if monotonicSeconds() >= deadline {
+                throw BlockError(
+                    .denied,
+                    "backing up \(request.machine): another run of it is going on (\(other.run.id), process "
+                        + "\(other.run.process)); --wait waits for it")
+            }
+            try cancellation.check("waiting for another run of \(request.machine)")
+            usleep(200_000)
+        }
+    }
+
+    private func lockMachine(
+        _ machine: RepositoryMachine, in repository: Repository, until deadline: Double
+    ) throws(BlockError) -> FileLock {
         while true {
             do throws(BlockError) { return try repository.lockMachine(machine) } catch {
                 if error.kind != .denied || monotonicSeconds() >= deadline { throw error }
@@ -146,18 +176,18 @@ public final class BackupRun {
     /// Finishes the removal of points that a crash has interrupted. One that cannot be finished is no reason not to
     /// make a new point.
     private func finishRemovals(of place: RepositoryMachine, in repository: Repository, holding lock: FileLock) {
-        do throws(BlockError) { _ = try repository.finishRemovals(of: place, holding: lock) } catch {
+        do throws(BlockError) {
+            _ = try repository.finishRemovals(of: place, holding: lock, cancellation: cancellation)
+        } catch {
             report.warnings.append("finishing the removal of a point: \(error.message)")
         }
     }
 
-    private func makePlan(_ machine: VirtualMachine, _ last: RestorePoint?, _ repository: Repository?)
+    private func makePlan(_ machine: VirtualMachine, _ points: [RestorePoint], _ repository: Repository?)
         throws(BlockError) -> BackupPlan
     {
-        var known: Set<String> = []
-        if let last, let repository {
-            for point in try repository.points(of: last.machine) { known.formUnion(point.manifest.disks.map(\.id)) }
-        }
+        let last = points.last
+        let known = points.reduce(into: Set<String>()) { $0.formUnion($1.manifest.disks.map(\.id)) }
         let plan = try BackupPlan(machine, request, last: last, known: known) { disk in
             guard let last, let repository else { return nil }
             do throws(BlockError) {
@@ -242,7 +272,10 @@ public final class BackupRun {
             try store(disks, session, guardian, context)
         } catch {
             // What made the snapshot useless is the reason, not the copy that was ended for it.
-            throw guardian.failure ?? error
+            if let failure = guardian.failure { throw failure }
+            if cancellation.isCancelled { throw error }
+            do throws(BlockError) { try guardian.verdict() } catch let reason { throw reason.followed(by: error) }
+            throw error
         }
     }
 

@@ -1,6 +1,7 @@
 // One disk of a run: opened at its snapshot, with what has changed on it, and what is said to be unchanged checked.
 import Block
 import Hypervisors
+import LinuxIO
 import NBD
 import Transports
 
@@ -32,7 +33,7 @@ struct DiskRun {
         _ disk: SnapshotDisk, _ plan: BackupPlan.Disk, _ context: RunContext, _ request: BackupRequest,
         _ cancellation: Cancellation
     ) throws(BlockError) -> DiskRun {
-        let source = try open(disk.source)
+        let source = try open(disk)
         let device = source.device
         if device.info.size != disk.size {
             throw BlockError(
@@ -83,9 +84,12 @@ struct DiskRun {
         self.suspects = suspects
     }
 
-    private static func open(_ source: SourceReference) throws(BlockError) -> CopySource {
-        if case .nbd(let uri) = source.kind { return try CopySource.open(uri) }
-        return try CopySource.open(DiskSpecification(source))
+    private static func open(_ disk: SnapshotDisk) throws(BlockError) -> CopySource {
+        guard case .nbd(var uri) = disk.source.kind else { return try CopySource.open(DiskSpecification(disk.source)) }
+        if let seconds = disk.answerSeconds { uri.timeoutSeconds = seconds }
+        // Nothing but its server's end breaks a Unix socket: waiting for another one is of no use.
+        if case .unix = uri.address { uri.reconnectSeconds = 1 }
+        return try CopySource.open(uri)
     }
 
     /// Bytes of the restore point at most: what is looked at, in whole chunks.

@@ -18,6 +18,9 @@ public struct Doctor: Sendable {
         public var settled: [Obligation] = []
         /// Why something could not be.
         public var problems: [String] = []
+
+        /// What it has not given back, and nobody holds by hand.
+        public var left: [Obligation] { obligations.filter { !$0.isHeldByHand } }
     }
 
     private let stateDirectory: String
@@ -32,10 +35,14 @@ public struct Doctor: Sendable {
     /// - Throws: `BlockError` when the ledgers' directory cannot be read.
     public func list(machine: String? = nil) throws(BlockError) -> (findings: [Finding], problems: [String]) {
         let (runs, problems) = try RunLedger.list(stateDirectory: stateDirectory)
-        let findings = runs.filter { machine == nil || $0.run.machine == machine }.map {
+        let findings = runs.filter { Self.isMeant($0.run, machine) }.map {
             Finding(run: $0.run, isGoingOn: $0.isGoingOn, obligations: $0.obligations)
         }
         return (findings, problems)
+    }
+
+    private static func isMeant(_ run: RunIdentity, _ machine: String?) -> Bool {
+        machine.map { Hypervisors.areSame(run.machine, $0) } ?? true
     }
 
     /// Gives back what runs that are over have left, the latest first.
@@ -49,23 +56,65 @@ public struct Doctor: Sendable {
         findings: [Finding], problems: [String]
     ) {
         var findings = try list(machine: machine).findings.filter(\.isGoingOn)
-        let (ledgers, problems) = try RunLedger.takeAbandoned(stateDirectory: stateDirectory, machine: machine)
+        let (ledgers, problems) = try RunLedger.takeAbandoned(stateDirectory: stateDirectory) {
+            Self.isMeant($0, machine)
+        }
         for ledger in ledgers { findings.append(settle(ledger, lock)) }
         return (findings, problems)
     }
 
-    /// Gives back what one run has left, in the reverse order of its making. What cannot be given back does not keep
-    /// the rest from it: a guest is thawed even where the repository is gone.
+    /// Gives up what a run has left, without giving it back: where the machine or the repository is gone for good,
+    /// nobody could.
+    ///
+    /// - Parameter text: RUN:NUMBER for one obligation, or RUN for all of a run and its ledger; RUN is the whole UUID.
+    /// - Returns: what was given up.
+    /// - Throws: `.notFound` when no ledger has it, `.denied` when the run is going on, or `BlockError` when the ledger
+    ///   cannot be written.
+    public func forget(_ text: String) throws(BlockError) -> [Obligation] {
+        let parts = text.split(separator: ":", maxSplits: 1, omittingEmptySubsequences: false).map(String.init)
+        let doing = "forgetting \(text)"
+        guard let run = parts.first, !run.isEmpty, parts.count == 1 || Int(parts[1]) != nil else {
+            throw BlockError(.invalid, "\(doing): give RUN:NUMBER or RUN, as diskgate doctor lists them")
+        }
+        if try list().findings.contains(where: { $0.run.id == run && $0.isGoingOn }) {
+            throw BlockError(.denied, "\(doing): the run is going on")
+        }
+        let (ledgers, _) = try RunLedger.takeAbandoned(stateDirectory: stateDirectory) { $0.id == run }
+        guard let ledger = ledgers.first else {
+            throw BlockError(.notFound, "\(doing): no run \(run) has left anything in \(stateDirectory)")
+        }
+        var forgotten: [Obligation] = []
+        for obligation in ledger.obligations.reversed() where parts.count == 1 || obligation.id == Int(parts[1]) {
+            try ledger.settle(obligation)
+            forgotten.append(obligation)
+        }
+        if forgotten.isEmpty && parts.count == 2 {
+            throw BlockError(.notFound, "\(doing): the run has left nothing of that number")
+        }
+        try ledger.end(forgettingDamage: parts.count == 1)
+        return forgotten
+    }
+
+    /// Gives back what one run has left, in the reverse order of its making. What cannot be given back keeps only what
+    /// it may still use from it: a guest is thawed even where the repository is gone.
     private func settle(_ ledger: RunLedger, _ lock: FileLock?) -> Finding {
         var finding = Finding(run: ledger.run, isGoingOn: false, obligations: ledger.obligations)
         if let damage = ledger.damage { finding.problems.append(damage) }
         var giver = ObligationGiver(run: ledger.run, lock: lock)
-        for obligation in ledger.obligations.reversed() {
+        var left: [Obligation] = []
+        for obligation in ledger.obligations.reversed() where !obligation.isHeldByHand {
+            if let user = left.first(where: { $0.holdsBack(obligation) }) {
+                finding.problems.append("\(obligation.kind): it waits for \(user.kind), which may still use it")
+                continue
+            }
             do throws(BlockError) {
                 try giver.giveBack(obligation)
                 try ledger.settle(obligation)
                 finding.settled.append(obligation)
-            } catch { finding.problems.append("\(obligation.kind): \(error.message)") }
+            } catch {
+                finding.problems.append("\(obligation.kind): \(error.message)")
+                left.append(obligation)
+            }
         }
         do throws(BlockError) { try ledger.end() } catch { finding.problems.append(error.message) }
         finding.obligations = ledger.obligations
@@ -87,6 +136,8 @@ private struct ObligationGiver {
     }
 
     mutating func giveBack(_ obligation: Obligation) throws(BlockError) {
+        if obligation.kind == "hotadd.disk" { return try HotAddTask().giveBack(obligation, force: false) }
+        if obligation.kind == "node.read-only" { return try obligation.makeNodeWritable() }
         if obligation.kind.hasPrefix("repository.") {
             return try openRepository().settle(obligation, holding: lock)
         }

@@ -6,13 +6,31 @@ import LinuxIO
 
 /// Asks a session every second whether it still holds. When it does not, work is cancelled.
 final class SessionGuardian: Sendable {
-    private struct State {
+    /// What both threads know.
+    private final class State: @unchecked Sendable {
+        // Sendable because all of it is touched only under `lock`.
+        let lock = Lock()
+        let changed = Condition()
         var isStopped = false
         var hasEnded = false
         var failure: BlockError?
+
+        /// Waits, for some seconds or until it is stopped.
+        ///
+        /// - Returns: whether it goes on.
+        func wait(seconds: Double) -> Bool {
+            let end = monotonicNanoseconds() + UInt64(max(0, seconds) * 1e9)
+            return lock.withLock {
+                while !isStopped {
+                    if monotonicNanoseconds() >= end { return true }
+                    _ = changed.wait(holding: lock, until: end)
+                }
+                return false
+            }
+        }
     }
 
-    private let state = Locked(State())
+    private let state = State()
     private let session: any SnapshotSession
     private static let interval = 1.0
 
@@ -23,26 +41,29 @@ final class SessionGuardian: Sendable {
         self.session = session
         let state = state
         try startThread(name: "guardian") {
-            var next = monotonicSeconds()
-            while !state.withLock({ $0.isStopped }) {
-                if monotonicSeconds() >= next {
-                    do throws(BlockError) { try session.check(isLast: false) } catch {
-                        state.withLock { $0.failure = error }
-                        cancellation.cancel()
-                        break
-                    }
-                    next = monotonicSeconds() + Self.interval
+            var delay = 0.0
+            while state.wait(seconds: delay) {
+                do throws(BlockError) { try session.check(isLast: false) } catch {
+                    state.lock.withLock { state.failure = error }
+                    cancellation.cancel()
+                    break
                 }
-                usleep(20_000)
+                delay = Self.interval
             }
-            state.withLock { $0.hasEnded = true }
+            state.lock.withLock {
+                state.hasEnded = true
+                state.changed.broadcast()
+            }
         }
     }
 
     /// Ends the looking after, and waits for its end: nobody but the caller uses the session then.
     func stop() {
-        state.withLock { $0.isStopped = true }
-        while !state.withLock({ $0.hasEnded }) { usleep(1000) }
+        state.lock.withLock {
+            state.isStopped = true
+            state.changed.broadcast()
+            while !state.hasEnded { state.changed.wait(holding: state.lock) }
+        }
     }
 
     /// Looks once more, after everything has been read.
@@ -55,5 +76,5 @@ final class SessionGuardian: Sendable {
     }
 
     /// Why work was cancelled, if it was for the session's sake.
-    var failure: BlockError? { state.withLock { $0.failure } }
+    var failure: BlockError? { state.lock.withLock { state.failure } }
 }

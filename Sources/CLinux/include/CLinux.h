@@ -39,6 +39,10 @@ int dg_block_read_only_get(int fd, bool *read_only);
 // SIGTERM or SIGHUP. -EMFILE when too many nodes are guarded.
 int dg_block_guard(int fd);
 void dg_block_unguard(int fd);
+// Makes a node writable that a process which was killed has left guarded.
+int dg_block_make_writable(int fd);
+// Writes back and drops what the page cache has of a node (BLKFLSBUF).
+int dg_block_drop_cache(int fd);
 int dg_block_discard(int fd, uint64_t offset, uint64_t length);
 int dg_block_zero_out(int fd, uint64_t offset, uint64_t length);
 int dg_block_disk_sequence(int fd, uint64_t *sequence);
@@ -53,6 +57,8 @@ int dg_open_beneath(int directory, const char *path, int flags);
 int dg_direct_alignment(int fd, uint32_t *memory, uint32_t *offset);
 // Whether a file lies in memory (tmpfs, ramfs).
 bool dg_is_in_memory(int fd);
+// Whether direct writes to a file are neither staged, nor compressed, nor sent to a server (ext2 to ext4, XFS).
+bool dg_writes_directly(int fd);
 int dg_set_flags(int fd, int flags);
 int dg_get_flags(int fd);
 int dg_set_close_on_exec(int fd);
@@ -61,6 +67,13 @@ int dg_memfd(const char *name);
 int dg_open(const char *path, int flags, unsigned mode);
 unsigned dg_device_major(uint64_t device);
 unsigned dg_device_minor(uint64_t device);
+
+// ---- the kernel's events of devices ----
+
+// A socket that hears the kernel's events (NETLINK_KOBJECT_UEVENT, group 1), or -errno.
+int dg_uevent_open(void);
+// One message from the kernel; what others send to the group is passed over. Bytes, or -errno.
+long dg_uevent_read(int fd, void *buffer, unsigned long size);
 
 // ---- sockets ----
 

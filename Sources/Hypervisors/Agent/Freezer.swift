@@ -6,8 +6,8 @@ import LinuxIO
 enum Freezer: Sendable, Equatable {
     /// The socket of the guest agent.
     case agent(path: String)
-    /// A domain of libvirt.
-    case libvirt(uri: String, domain: String)
+    /// A domain of libvirt. The virsh that has frozen it is there to thaw it: nothing has to be started meanwhile.
+    case libvirt(Virsh, domain: String)
 
     /// Freezes.
     ///
@@ -22,9 +22,9 @@ enum Freezer: Sendable, Equatable {
                 throw BlockError(.unsupported, error.message)
             }
             count = try agent.freeze(deadline: deadline)
-        case .libvirt(let uri, let domain):
+        case .libvirt(let virsh, let domain):
             let seconds = deadline - monotonicSeconds()
-            count = Self.count(try Virsh(uri: uri).run(["domfsfreeze", domain], seconds: seconds, isQuiet: false))
+            count = Self.count(try virsh.run(["domfsfreeze", domain], seconds: seconds))
         }
         if count == 0 {
             // Some agents take themselves for frozen now.
@@ -39,9 +39,9 @@ enum Freezer: Sendable, Equatable {
     func thaw(deadline: Double) throws(BlockError) -> Bool {
         switch self {
         case .agent(let path): return try GuestAgent(path, deadline: deadline).thaw(deadline: deadline)
-        case .libvirt(let uri, let domain):
+        case .libvirt(let virsh, let domain):
             let seconds = deadline - monotonicSeconds()
-            let said = try Virsh(uri: uri).run(["domfsthaw", domain], seconds: seconds, isQuiet: false)
+            let said = try virsh.run(["domfsthaw", domain], seconds: seconds)
             return Self.count(said) != 0
         }
     }
@@ -70,7 +70,7 @@ enum Freezer: Sendable, Equatable {
     var details: [String: String] {
         switch self {
         case .agent(let path): ["agent": path]
-        case .libvirt(let uri, let domain): ["libvirt": uri, "domain": domain]
+        case .libvirt(let virsh, let domain): ["libvirt": virsh.uri, "domain": domain]
         }
     }
 
@@ -79,7 +79,7 @@ enum Freezer: Sendable, Equatable {
         if let path = details["agent"] {
             self = .agent(path: path)
         } else if let uri = details["libvirt"], let domain = details["domain"] {
-            self = .libvirt(uri: uri, domain: domain)
+            self = .libvirt(Virsh(uri: uri), domain: domain)
         } else {
             return nil
         }

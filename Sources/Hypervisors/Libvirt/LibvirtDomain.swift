@@ -43,11 +43,27 @@ struct LibvirtDomain: Sendable {
     ///
     /// - Throws: `BlockError` when it does not answer, or does not know the domain.
     init(_ place: LibvirtPlace) throws(BlockError) {
-        let xml = try XMLElement(parsing: place.virsh.run(["dumpxml", place.domain]))
-        state = try place.virsh.run(["domstate", place.domain]).split(separator: "\n").first.map(String.init) ?? ""
-        uuid = xml["uuid"]?.text ?? place.domain
-        name = xml["name"]?.text ?? place.domain
-        isRunning = !["shut off", "crashed", "no state"].contains(state)
+        let text = try place.virsh.run(["dumpxml", place.domain])
+        let state = try place.virsh.run(["domstate", place.domain])
+        let sizes = try place.virsh.run(["domblkinfo", place.domain, "--all"])
+        try self.init(
+            domain: place.domain, xml: text, state: state, sizes: sizes, checkpoints: try Self.checkpoints(place))
+    }
+
+    /// A domain by what virsh prints.
+    ///
+    /// - Parameters:
+    ///   - domain: what the user calls it.
+    ///   - checkpoints: diskgate's, oldest first, and what virsh prints of each.
+    /// - Throws: `.corrupt` when it is no XML.
+    init(domain: String, xml text: String, state: String, sizes: String, checkpoints: [(name: String, xml: String)])
+        throws(BlockError)
+    {
+        let xml = try XMLElement(parsing: text)
+        self.state = state.split(separator: "\n").first.map(String.init) ?? ""
+        uuid = xml["uuid"]?.text ?? domain
+        name = xml["name"]?.text ?? domain
+        isRunning = !["shut off", "crashed", "no state"].contains(self.state)
         let devices = xml["devices"]
         hasAgent =
             devices?.all("channel").contains {
@@ -58,11 +74,12 @@ struct LibvirtDomain: Sendable {
         let labels = xml.all("seclabel").first { $0.attributes["model"] == "dac" }?["label"]?.text ?? ""
         let numbers = labels.split(separator: ":").compactMap { UInt32($0.drop { $0 == "+" }) }
         owner = numbers.count == 2 ? (numbers[0], numbers[1]) : nil
-        let sizes = try Self.sizes(place)
+        let sizes = Self.sizes(in: sizes)
         var disks = (devices?.all("disk") ?? []).map { Self.disk($0, sizes) }
-        for (checkpoint, targets) in try Self.checkpoints(place) {
-            for index in disks.indices where targets.contains(disks[index].target) {
-                disks[index].checkpoints.append(checkpoint)
+        for checkpoint in checkpoints {
+            let known = Checkpoint(name: checkpoint.name, try XMLElement(parsing: checkpoint.xml))
+            for index in disks.indices where known.knows(disks[index]) {
+                disks[index].checkpoints.append(checkpoint.name)
             }
         }
         self.disks = disks
@@ -70,7 +87,6 @@ struct LibvirtDomain: Sendable {
 
     private static func disk(_ element: XMLElement, _ sizes: [String: UInt64]) -> Disk {
         let target = element["target"]?.attributes["dev"] ?? ""
-        let source = element["source"]?.attributes ?? [:]
         let kind = element.attributes["device"] ?? "disk"
         let size = sizes[target] ?? 0
         let obstacle: String? =
@@ -88,28 +104,59 @@ struct LibvirtDomain: Sendable {
                 nil
             }
         return Disk(
-            target: target, path: source["file"] ?? source["dev"] ?? "",
+            target: target, path: image(of: element),
             format: element["driver"]?.attributes["type"] ?? "raw", size: size, obstacle: obstacle)
     }
 
     /// Bytes of each disk, by target.
-    private static func sizes(_ place: LibvirtPlace) throws(BlockError) -> [String: UInt64] {
+    private static func sizes(in text: String) -> [String: UInt64] {
         var sizes: [String: UInt64] = [:]
-        for line in try place.virsh.run(["domblkinfo", place.domain, "--all"]).split(separator: "\n") {
+        for line in text.split(separator: "\n") {
             let words = line.split(separator: " ", omittingEmptySubsequences: true)
             if words.count >= 2, let size = UInt64(words[1]) { sizes[String(words[0])] = size }
         }
         return sizes
     }
 
-    /// Diskgate's checkpoints, oldest first, and the disks that each has.
-    private static func checkpoints(_ place: LibvirtPlace) throws(BlockError) -> [(String, Set<String>)] {
-        var checkpoints: [(String, Set<String>)] = []
+    private static func image(of disk: XMLElement) -> String {
+        let source = disk["source"]?.attributes ?? [:]
+        return source["file"] ?? source["dev"] ?? ""
+    }
+
+    /// A checkpoint of diskgate's.
+    private struct Checkpoint {
+        let name: String
+        /// The targets that it has bitmaps of.
+        let targets: Set<String>
+        /// The images that the domain had then, by target.
+        let images: [String: String]
+
+        /// A checkpoint by its name and its description.
+        init(name: String, _ xml: XMLElement) {
+            self.name = name
+            let disks = (xml["disks"]?.all("disk") ?? []).filter { $0.attributes["checkpoint"] == "bitmap" }
+            targets = Set(disks.compactMap { $0.attributes["name"] })
+            var images: [String: String] = [:]
+            for disk in xml["domain"]?["devices"]?.all("disk") ?? [] {
+                if let target = disk["target"]?.attributes["dev"] { images[target] = image(of: disk) }
+            }
+            self.images = images
+        }
+
+        /// Whether it tells the changes of a disk. Two images that have changed places both have its bitmap, and each
+        /// would tell of the other's changes.
+        func knows(_ disk: Disk) -> Bool {
+            let wasAnothers = images.contains { $0.key != disk.target && $0.value == disk.path && !disk.path.isEmpty }
+            return targets.contains(disk.target) && (images[disk.target] == disk.path || !wasAnothers)
+        }
+    }
+
+    /// Diskgate's checkpoints, oldest first, and what virsh prints of each.
+    private static func checkpoints(_ place: LibvirtPlace) throws(BlockError) -> [(name: String, xml: String)] {
+        var checkpoints: [(name: String, xml: String)] = []
         for name in try place.checkpointNames() {
-            let text = try place.virsh.run(["checkpoint-dumpxml", place.domain, name, "--no-domain"])
-            let disks = try XMLElement(parsing: text)["disks"]?.all("disk") ?? []
-            let targets = disks.filter { $0.attributes["checkpoint"] == "bitmap" }.compactMap { $0.attributes["name"] }
-            checkpoints.append((name, Set(targets)))
+            let text = try place.virsh.run(["checkpoint-dumpxml", place.domain, name])
+            checkpoints.append((name, text))
         }
         return checkpoints
     }
@@ -122,6 +169,18 @@ struct LibvirtBackup {
     let exports: [String]
     /// Its scratch files.
     let files: [String]
+
+    /// A backup by what virsh prints of it.
+    ///
+    /// - Throws: `.corrupt` when it is no XML.
+    init(parsing text: String) throws(BlockError) {
+        let backup = try XMLElement(parsing: text)
+        let attributes = backup["server"]?.attributes ?? [:]
+        let disks = backup["disks"]?.all("disk") ?? []
+        server = attributes["socket"] ?? attributes["port"] ?? ""
+        exports = disks.compactMap { $0.attributes["exportname"] }
+        files = disks.compactMap { $0["scratch"]?.attributes["file"] }
+    }
 
     /// Whether it is the one that an obligation speaks of. A port is the same in each run; exports are not.
     func isMeant(by details: [String: String]) -> Bool {
@@ -140,7 +199,7 @@ extension LibvirtPlace {
     /// Removes a checkpoint with its bitmaps; where they are damaged, libvirt's knowledge of it.
     func deleteCheckpoint(_ name: String) throws(BlockError) {
         let result = try virsh.attempt(["checkpoint-delete", domain, name])
-        if result.status == 0 || result.errors.contains("no domain checkpoint") { return }
+        if result.isGood || result.errors.contains("no domain checkpoint") { return }
         if result.errors.contains("inconsistent") || result.errors.contains("not found in") {
             _ = try virsh.run(["checkpoint-delete", domain, name, "--metadata"])
             return
@@ -151,25 +210,21 @@ extension LibvirtPlace {
 
     /// The backup that goes on; nil where there is none.
     func runningBackup() throws(BlockError) -> LibvirtBackup? {
+        // Asking for the description of a backup that is not there is an error in the daemon's log.
+        if try isIdle() { return nil }
         let result = try virsh.attempt(["backup-dumpxml", domain])
-        if result.status != 0 {
+        if !result.isGood {
             let absent = ["no domain backup job", "not running", "failed to get domain", "Domain not found"]
             if absent.contains(where: result.errors.contains) { return nil }
             throw BlockError(.inputOutput, "looking for a backup of \(name): \(result.errors)")
         }
-        let backup = try XMLElement(parsing: result.output)
-        let server = backup["server"]?.attributes ?? [:]
-        let disks = backup["disks"]?.all("disk") ?? []
-        return LibvirtBackup(
-            server: server["socket"] ?? server["port"] ?? "",
-            exports: disks.compactMap { $0.attributes["exportname"] },
-            files: disks.compactMap { $0["scratch"]?.attributes["file"] })
+        return try LibvirtBackup(parsing: result.output)
     }
 
     /// Whether no job is at work on the domain: neither is a backup that is only just beginning.
     func isIdle() throws(BlockError) -> Bool {
         let result = try virsh.attempt(["domjobinfo", domain])
-        if result.status == 0 {
+        if result.isGood {
             return result.output.split { $0.isWhitespace || $0 == ":" }.prefix(3).last == "None"
         }
         if ["not running", "failed to get domain", "Domain not found"].contains(where: result.errors.contains) {

@@ -43,7 +43,7 @@ final class LibvirtImages: SnapshotSession {
                     offered.downgrade =
                         "\(disk.target) is read whole: its image has a backing file, so the bitmap \(since) may not "
                         + "tell all changes while the machine is off"
-                } else if OwnName.isOwn(since), known.contains(since) {
+                } else if disk.checkpoints.contains(since), known.contains(since) {
                     offered.changedContext = "qemu:dirty-bitmap:\(since)"
                     offered.checkpoint = since
                 } else {

@@ -6,13 +6,25 @@ import Transports
 /// A domain of libvirt.
 final class LibvirtProvider: Provider {
     let place: LibvirtPlace
+    /// What was found last, for the snapshot that is made upon it. Anything that the hypervisor says meanwhile it would
+    /// also say right after a second look: what matters is what it answers when the snapshot is made.
+    private let found = Locked<LibvirtDomain?>(nil)
 
     init(_ place: LibvirtPlace) { self.place = place }
 
     var name: String { place.name }
 
+    func identify() throws(BlockError) -> (id: String, name: String) {
+        func answer(_ words: [String]) throws(BlockError) -> String {
+            try String(place.virsh.run(words).drop { $0.isWhitespace }.prefix { $0 != "\n" })
+        }
+        let uuid = try answer(["domuuid", place.domain])
+        return (uuid, try answer(["domname", uuid]))
+    }
+
     func inspect() throws(BlockError) -> VirtualMachine {
         let domain = try LibvirtDomain(place)
+        found.withLock { $0 = domain }
         var machine = VirtualMachine(id: domain.uuid, name: domain.name, isRunning: domain.isRunning)
         machine.hasGuestAgent = domain.hasAgent
         machine.disks = domain.disks.map(\.described)
@@ -52,7 +64,12 @@ final class LibvirtProvider: Provider {
     func resetTracking() throws(BlockError) -> [String] { try unprotect() }
 
     func begin(_ request: SnapshotRequest, ledger: RunLedger) throws(BlockError) -> any SnapshotSession {
-        let domain = try LibvirtDomain(place)
+        let known = found.withLock { found in
+            defer { found = nil }
+            return found
+        }
+        let domain: LibvirtDomain
+        if let known { domain = known } else { domain = try LibvirtDomain(place) }
         return domain.isRunning
             ? try LibvirtSnapshot(place, domain, request, ledger).begin()
             : try LibvirtImages(place, domain, request)

@@ -5,54 +5,40 @@ import LinuxIO
 import Transports
 
 /// One point in time of a domain's disks.
-final class LibvirtSession: SnapshotSession {
-    let disks: [SnapshotDisk]
-    let consistency: Consistency
-    let freezeSeconds: Double?
-    let time: Double
-    let warnings: [String]
-
+final class LibvirtSession: OfferingSession {
+    let offer: SnapshotOffer
     private let place: LibvirtPlace
-    private let ledger: RunLedger
-    private let obligations: [Obligation]
-    private let watching: String?
-    private let reserve: UInt64
-    /// When libvirt was asked last: each time is a process.
+    /// When libvirt was asked last.
     private let asked = Locked(monotonicSeconds())
     private static let askEverySeconds = 5.0
 
-    init(
-        _ place: LibvirtPlace, _ ledger: RunLedger, disks: [SnapshotDisk], outcome: SnapshotMoment.Outcome,
-        warnings: [String], obligations: [Obligation], watching: String?, reserve: UInt64
-    ) {
+    init(_ place: LibvirtPlace, _ offer: SnapshotOffer) {
         self.place = place
-        self.ledger = ledger
-        self.disks = disks
-        consistency = outcome.consistency
-        freezeSeconds = outcome.freezeSeconds
-        time = outcome.time
-        self.warnings = warnings
-        self.obligations = obligations
-        self.watching = watching
-        self.reserve = reserve
+        self.offer = offer
     }
 
     func check(isLast: Bool) throws(BlockError) {
         let doing = "keeping the snapshot of \(place.name)"
-        if let watching { try checkSpace(in: watching, reserve: reserve, doing: doing) }
+        try checkScratchSpace(doing: doing)
         let isDue = asked.withLock { last in
             guard isLast || monotonicSeconds() - last > Self.askEverySeconds else { return false }
             last = monotonicSeconds()
             return true
         }
-        if isDue, try place.runningBackup() == nil {
+        guard isDue else { return }
+        guard let backup = try place.runningBackup() else {
             throw BlockError(.inputOutput, "\(doing): libvirt's backup has ended by itself")
+        }
+        let own = obligations.first { $0.kind == "libvirt.backup" }
+        if let own, !backup.isMeant(by: own.details) {
+            throw BlockError(
+                .inputOutput, "\(doing): libvirt's backup has ended, and another one has begun (\(backup.server))")
         }
     }
 
     func finish(adopting: Bool) throws(BlockError) {
         do throws(BlockError) {
-            try LibvirtRelease(place).settleAll(obligations, of: ledger, adopted: adopting)
+            try LibvirtRelease(place).settleAll(offer.obligations, of: offer.ledger, adopted: adopting)
         } catch { throw error.during("ending the snapshot of \(place.name)") }
     }
 }
@@ -71,13 +57,14 @@ struct LibvirtRelease {
     ///   do its checkpoint and its directories.
     func settleAll(_ obligations: [Obligation], of ledger: RunLedger, adopted: Bool) throws(BlockError) {
         var failure: BlockError?
-        for obligation in obligations.reversed() {
+        var left: [Obligation] = []
+        for obligation in obligations.reversed() where !left.contains(where: { $0.holdsBack(obligation) }) {
             do throws(BlockError) {
                 try settle(obligation, adopted: adopted)
                 try ledger.settle(obligation)
             } catch {
                 failure = failure ?? error
-                if obligation.kind == "libvirt.backup" { break }
+                left.append(obligation)
             }
         }
         if let failure { throw failure }
@@ -130,7 +117,9 @@ struct LibvirtRelease {
     private func endBackup(_ details: [String: String]) throws(BlockError) {
         let deadline = monotonicSeconds() + Self.endSeconds
         var (wasSeen, idleLooks) = (false, 0)
+        var delay = 0.001
         while true {
+            if wasSeen, try place.isIdle() { return }
             if let backup = try place.runningBackup() {
                 // There can be only one.
                 if !backup.isMeant(by: details) { return }
@@ -146,7 +135,8 @@ struct LibvirtRelease {
                 throw BlockError(
                     .inputOutput, "ending libvirt's backup of \(place.name): it, or another job of the domain, goes on")
             }
-            pause(seconds: idleLooks > 0 ? 1 : 0.05)
+            pause(seconds: idleLooks > 0 ? 1 : delay)
+            delay = min(delay * 2, 0.05)
         }
     }
 

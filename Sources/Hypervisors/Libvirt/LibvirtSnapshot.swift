@@ -66,16 +66,15 @@ final class LibvirtSnapshot {
         let replaced = try place.checkpointNames().filter {
             OwnName.replaces(checkpoint, $0) || wanted.contains($0) && $0 != checkpoint
         }
-        made.append(
-            try ledger.intend(
-                "libvirt.checkpoint", ["checkpoint": checkpoint, "replaces": OwnName.joined(replaced)]))
-        made.append(
-            try ledger.intend(
-                "libvirt.backup",
-                place.address.map { ["server": "\($0.port)", "export": "\(short)-"] } ?? ["server": socket]))
+        let served =
+            place.address.map { ["server": "\($0.port)", "export": "\(short)-"] } ?? ["server": socket]
+        made += try ledger.intend([
+            ("libvirt.checkpoint", ["checkpoint": checkpoint, "replaces": OwnName.joined(replaced)]),
+            ("libvirt.backup", served),
+        ])
         Step.reached("libvirt.intended")
         let moment = try SnapshotMoment(
-            freezer: domain.hasAgent ? .libvirt(uri: place.virsh.uri, domain: place.domain) : nil, request, ledger,
+            freezer: domain.hasAgent ? .libvirt(place.virsh, domain: place.domain) : nil, request, ledger,
             obstacle: domain.state == "running" ? nil : "the machine is \(domain.state)")
         var outcome: SnapshotMoment.Outcome
         do throws(BlockError) { outcome = try moment.pass { () throws(BlockError) in try start(parts) } } catch {
@@ -89,10 +88,13 @@ final class LibvirtSnapshot {
             outcome = try moment.pass { () throws(BlockError) in try start(parts) }
         }
         Step.reached("libvirt.begun")
+        outcome.warnings = warnings + outcome.warnings
         return LibvirtSession(
-            place, ledger, disks: try parts.map { (part) throws(BlockError) in try offered(part) }, outcome: outcome,
-            warnings: warnings + outcome.warnings, obligations: made,
-            watching: place.isLocal ? filesDirectory : nil, reserve: request.scratchReserve)
+            place,
+            SnapshotOffer(
+                disks: try parts.map { (part) throws(BlockError) in try offered(part) }, outcome: outcome,
+                ledger: ledger, obligations: made, watching: place.isLocal ? filesDirectory : nil,
+                reserve: request.scratchReserve))
     }
 
     private static func isAboutCheckpoints(_ error: BlockError) -> Bool {

@@ -31,14 +31,15 @@ struct XMLElement: Sendable {
     /// Text with the characters that mean something in XML replaced.
     static func escaped(_ text: String) -> String {
         var result = ""
-        for character in text {
-            switch character {
+        // Scalar by scalar: with an accent behind it, < is another character, and still means something in XML.
+        for scalar in text.unicodeScalars {
+            switch scalar {
             case "&": result += "&amp;"
             case "<": result += "&lt;"
             case ">": result += "&gt;"
             case "'": result += "&apos;"
             case "\"": result += "&quot;"
-            default: result.append(character)
+            default: result.unicodeScalars.append(scalar)
             }
         }
         return result

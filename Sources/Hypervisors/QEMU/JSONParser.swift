@@ -90,7 +90,7 @@ struct JSONParser {
         let text = String(decoding: bytes[start..<position], as: UTF8.self)
         guard let first = text.utf8.first, first != 43, first != 46 else { return nil }
         if let whole = Int64(text) { return .integer(whole) }
-        return Double(text).map { .number($0) }
+        return Double(text).flatMap { $0.isFinite ? .number($0) : nil }
     }
 
     private mutating func string() -> String? {

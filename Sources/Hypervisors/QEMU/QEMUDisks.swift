@@ -80,13 +80,14 @@ struct QEMUDisk: Sendable {
     /// Reads what query-block returns.
     static func list(_ answer: JSONValue) -> [QEMUDisk] {
         var taken: Set<String> = []
+        var numbers: [String: Int] = [:]
         return answer.elements.compactMap { value in
             guard let wanted = name(of: value) else { return nil }
             var id = wanted
-            var number = 2
             while !taken.insert(id).inserted {
+                let number = numbers[wanted, default: 2]
+                numbers[wanted] = number + 1
                 id = "\(wanted)-\(number)"
-                number += 1
             }
             return QEMUDisk(value, id: id)
         }

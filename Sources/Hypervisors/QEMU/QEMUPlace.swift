@@ -29,6 +29,8 @@ struct QEMUPlace: Sendable {
     let certificates: String?
     /// Where scratch files are kept, unless the run says so: on QEMU's machine.
     let scratch: String?
+    /// Seconds that QEMU has for each answer, of its monitor or its NBD server.
+    let answerSeconds: Int
 
     /// Reads a URI.
     ///
@@ -39,10 +41,11 @@ struct QEMUPlace: Sendable {
         scratch = uri.parameter("scratch")
         credentials = uri.parameter("tls-creds")
         certificates = uri.parameter("tls-certificates")
+        answerSeconds = try Self.answerSeconds(uri)
         if let agent { try uri.requireAbsolute(agent, "agent") }
         if let scratch { try uri.requireAbsolute(scratch, "scratch") }
         if uri.scheme == "qmp+unix" {
-            try uri.allow(["agent", "scratch"])
+            try uri.allow(["agent", "scratch", "timeout"])
             var path = uri.body
             if path.hasPrefix("///") { path.removeFirst(2) }
             guard (1...107).contains(path.utf8.count) else {
@@ -53,7 +56,7 @@ struct QEMUPlace: Sendable {
             serving = .local
             return
         }
-        try uri.allow(["agent", "scratch", "nbd", "tls", "tls-creds", "tls-certificates"])
+        try uri.allow(["agent", "scratch", "timeout", "nbd", "tls", "tls-creds", "tls-certificates"])
         var body = uri.body[...]
         if body.hasPrefix("//") { body = body.dropFirst(2) }
         guard let (host, port) = hostAndPort(String(body)) else { throw uri.bad("give HOST:PORT of the monitor") }
@@ -76,12 +79,23 @@ struct QEMUPlace: Sendable {
         if certificates != nil && credentials == nil { throw uri.bad("tls-certificates needs tls-creds") }
     }
 
+    private static func answerSeconds(_ uri: MachineURI) throws(BlockError) -> Int {
+        guard let text = uri.parameter("timeout") else { return 30 }
+        guard let seconds = Int(text), (1...3600).contains(seconds) else {
+            throw uri.bad("timeout=\(text): give 1 to 3600 seconds")
+        }
+        return seconds
+    }
+
     /// Whether QEMU runs on this machine, so that its scratch files can be watched and removed.
     var isLocal: Bool { if case .local = serving { true } else { false } }
 
     /// Connects to the monitor.
     func connect() throws(BlockError) -> QMPClient {
-        do throws(BlockError) { return try QMPClient.connect(to: monitor) } catch {
+        do throws(BlockError) {
+            return try QMPClient.connect(
+                to: monitor, seconds: Double(min(answerSeconds, 10)), commandSeconds: Double(answerSeconds))
+        } catch {
             throw error.during("opening the machine \(name)")
         }
     }

@@ -6,22 +6,35 @@ import Transports
 /// A virtual machine of a QEMU whose monitor can be reached.
 final class QEMUProvider: Provider {
     let place: QEMUPlace
+    /// Why QEMU could not be reached for giving something back.
+    private let silence = Locked<BlockError?>(nil)
 
     init(_ place: QEMUPlace) { self.place = place }
 
     var name: String { place.name }
 
+    func identify() throws(BlockError) -> (id: String, name: String) {
+        let monitor = try place.connect()
+        defer { monitor.close() }
+        let (id, label, _) = try identify(monitor)
+        return (id, label)
+    }
+
+    private func identify(_ monitor: QMPClient) throws(BlockError) -> (id: String, name: String, uuid: String) {
+        let uuid = try monitor.execute("query-uuid")["UUID"]?.string ?? ""
+        let label = try monitor.execute("query-name")["name"]?.string ?? name
+        let hasUUID = uuid.contains { $0 != "0" && $0 != "-" }
+        return (hasUUID ? uuid : label, label, uuid)
+    }
+
     func inspect() throws(BlockError) -> VirtualMachine {
         let monitor = try place.connect()
-        let uuid = try monitor.execute("query-uuid")["UUID"]?.string ?? ""
-        let label = try monitor.execute("query-name")["name"]?.string
-        let hasUUID = uuid.contains { $0 != "0" && $0 != "-" }
+        defer { monitor.close() }
+        let (id, label, uuid) = try identify(monitor)
         let status = try monitor.execute("query-status")
         let blocks = try monitor.execute("query-block")
-        var machine = VirtualMachine(
-            id: hasUUID ? uuid : label ?? name, name: label ?? name,
-            // There is no powered-off state to be found here: without a QEMU there is no monitor.
-            isRunning: true)
+        // There is no powered-off state to be found here: without a QEMU there is no monitor.
+        var machine = VirtualMachine(id: id, name: label, isRunning: true)
         machine.disks = QEMUDisk.list(blocks).map(\.described)
         if let agent = place.agent { machine.hasGuestAgent = GuestAgent.answers(at: agent, seconds: 3) }
         machine.documents = [
@@ -95,7 +108,9 @@ final class QEMUProvider: Provider {
     }
 
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {
-        try QEMURelease(place).settle(obligation, adopted: adopted)
+        let release = QEMURelease(place, silence: silence.withLock { $0 })
+        defer { silence.withLock { $0 = release.silence } }
+        try release.settle(obligation, adopted: adopted)
     }
 }
 

@@ -11,12 +11,16 @@ final class QEMURelease {
     private var monitor: QMPClient?
     /// The QEMU of the obligation that is given back; nil where it does not say.
     private var identity: QEMUIdentity?
+    /// Why the monitor could not be reached: what does not answer once is not asked again for each thing.
+    private(set) var silence: BlockError?
     /// Seconds that QEMU has to end a job or an export.
     private static let endSeconds = 60.0
 
-    init(_ place: QEMUPlace, _ monitor: QMPClient? = nil) {
+    /// - Parameter silence: why the monitor could not be reached before.
+    init(_ place: QEMUPlace, _ monitor: QMPClient? = nil, silence: BlockError? = nil) {
         self.place = place
         self.monitor = monitor
+        self.silence = silence
     }
 
     /// The monitor; nil when it is certain that no QEMU runs there.
@@ -24,12 +28,15 @@ final class QEMURelease {
         if let monitor, monitor.isUsable, (try? monitor.execute("query-status")) != nil { return monitor }
         // A monitor talks to one program at a time: the old connection has to go first.
         close()
+        if let silence, !place.isGone(identity) { throw silence }
+        let start = monotonicSeconds()
         do throws(BlockError) {
             let new = try place.connect()
             monitor = new
             return new
         } catch {
             if place.isGone(identity) { return nil }
+            if monotonicSeconds() - start > 0.5 { silence = error }
             throw error
         }
     }
@@ -45,14 +52,14 @@ final class QEMURelease {
     /// - Throws: the first error; what could not be given back stays in the ledger, and the directories that it needs.
     func settleAll(_ obligations: [Obligation], of ledger: RunLedger, adopted: Bool) throws(BlockError) {
         var failure: BlockError?
-        var needsDirectory = false
-        for obligation in obligations.reversed() where !(needsDirectory && obligation.kind == "qemu.directory") {
+        var left: [Obligation] = []
+        for obligation in obligations.reversed() where !left.contains(where: { $0.holdsBack(obligation) }) {
             do throws(BlockError) {
                 try settle(obligation, adopted: adopted)
                 try ledger.settle(obligation)
             } catch {
                 failure = failure ?? error
-                if obligation.kind != "qemu.checkpoint" { needsDirectory = true }
+                left.append(obligation)
             }
         }
         if let failure { throw failure }
@@ -65,8 +72,10 @@ final class QEMURelease {
         switch obligation.kind {
         case "guest.freeze":
             guard let freezer = Freezer(details) else { throw unreadable(obligation) }
-            // A guest that runs no more is not frozen.
-            if try connected() != nil { _ = try freezer.thawSurely(seconds: 60) }
+            // A guest that runs no more is not frozen. One whose monitor is silent may be: it is not asked first.
+            let isGone: Bool
+            do throws(BlockError) { isGone = try connected() == nil } catch { isGone = false }
+            if !isGone { _ = try freezer.thawSurely(seconds: 60) }
         case "qemu.job":
             guard let job = details["job"] else { throw unreadable(obligation) }
             if let monitor = try connected() { try end(job: job, wasRunning: details["running"] == "true", monitor) }
@@ -163,7 +172,14 @@ final class QEMURelease {
                 false
             }
         let others = try monitor.execute("query-block-exports").elements.filter { $0["type"]?.string == "nbd" }
-        if !listens || !others.isEmpty { return }
+        if !listens { return }
+        if let other = others.first?["id"]?.string {
+            // At a port it may be somebody else's server by now; at our socket it is ours.
+            guard socket != nil else { return }
+            throw BlockError(
+                .denied, "stopping QEMU's NBD server: somebody else serves an export with it (\(other)): end that first"
+            )
+        }
         if case .failure(let refusal) = try monitor.attempt("nbd-server-stop"),
             !refusal.description.contains("not running")
         {
@@ -195,7 +211,8 @@ final class QEMURelease {
                 .shutdown,
                 "\(adopted ? "replacing checkpoints by" : "removing the checkpoint") \(new) on \(disk) of "
                     + "\(place.name): no QEMU runs there, and the bitmap is in the disk's image; start it, then run "
-                    + "diskgate doctor --fix (where the machine is gone for good, nothing is lost by forgetting it)")
+                    + "diskgate doctor --fix; where the machine is gone for good, nothing is lost with diskgate doctor "
+                    + "--forget")
         }
         for (node, bitmaps) in try places(of: new, disk: disk, node: node, monitor) {
             for bitmap in bitmaps {

@@ -5,43 +5,28 @@ import LinuxIO
 import Transports
 
 /// One point in time of a QEMU's disks.
-final class QEMUSession: SnapshotSession {
-    let disks: [SnapshotDisk]
-    let consistency: Consistency
-    let freezeSeconds: Double?
-    let time: Double
-    let warnings: [String]
-
+final class QEMUSession: OfferingSession {
+    let offer: SnapshotOffer
     private let place: QEMUPlace
     private let monitor: QMPClient
-    private let ledger: RunLedger
-    private let obligations: [Obligation]
     private let jobs: [String]
-    private let watching: String?
-    private let reserve: UInt64
 
-    init(
-        _ place: QEMUPlace, _ monitor: QMPClient, _ ledger: RunLedger, disks: [SnapshotDisk],
-        outcome: SnapshotMoment.Outcome, warnings: [String], obligations: [Obligation], jobs: [String],
-        watching: String?, reserve: UInt64
-    ) {
+    init(_ place: QEMUPlace, _ monitor: QMPClient, _ offer: SnapshotOffer, jobs: [String]) {
         self.place = place
         self.monitor = monitor
-        self.ledger = ledger
-        self.disks = disks
-        consistency = outcome.consistency
-        freezeSeconds = outcome.freezeSeconds
-        time = outcome.time
-        self.warnings = warnings
-        self.obligations = obligations
+        self.offer = offer
         self.jobs = jobs
-        self.watching = watching
-        self.reserve = reserve
     }
 
     func check(isLast: Bool) throws(BlockError) {
         let doing = "keeping the snapshot of \(place.name)"
-        if let watching { try checkSpace(in: watching, reserve: reserve, doing: doing) }
+        try checkScratchSpace(doing: doing)
+        do throws(BlockError) { try askQEMU(doing) } catch {
+            throw error.message.hasPrefix(doing) ? error : error.during(doing)
+        }
+    }
+
+    private func askQEMU(_ doing: String) throws(BlockError) {
         let known = try monitor.execute("query-jobs").elements
         for job in jobs {
             guard let found = known.first(where: { $0["id"]?.string == job }) else {
@@ -65,7 +50,7 @@ final class QEMUSession: SnapshotSession {
         // First of all nobody may read any more: what is read from now on is of no point in time.
         release.endExports(jobs)
         defer { release.close() }
-        do throws(BlockError) { try release.settleAll(obligations, of: ledger, adopted: adopting) } catch {
+        do throws(BlockError) { try release.settleAll(offer.obligations, of: offer.ledger, adopted: adopting) } catch {
             throw error.during("ending the snapshot of \(place.name)")
         }
     }

@@ -74,17 +74,19 @@ final class QEMUSnapshot {
             freezer: place.agent.map { .agent(path: $0) }, request, ledger,
             obstacle: status == "running" ? nil : "the machine is not running, but \(status)",
             details: identity?.details ?? [:])
-        let outcome = try moment.pass { () throws(BlockError) in
+        var outcome = try moment.pass { () throws(BlockError) in
             Step.reached("qemu.before-transaction")
-            try monitor.execute("transaction", ["actions": .list(actions)], seconds: 15)
+            try monitor.execute(
+                "transaction", ["actions": .list(actions)], seconds: min(monitor.commandSeconds, 15))
             Step.reached("qemu.transaction")
         }
-        warnings += outcome.warnings
+        outcome.warnings = warnings + outcome.warnings
         var disks: [SnapshotDisk] = []
         for part in parts { disks.append(try export(part, monitor)) }
-        return QEMUSession(
-            place, monitor, ledger, disks: disks, outcome: outcome, warnings: warnings, obligations: made,
-            jobs: parts.map(\.name), watching: place.isLocal ? directory : nil, reserve: request.scratchReserve)
+        let offer = SnapshotOffer(
+            disks: disks, outcome: outcome, ledger: ledger, obligations: made,
+            watching: place.isLocal ? directory : nil, reserve: request.scratchReserve)
+        return QEMUSession(place, monitor, offer, jobs: parts.map(\.name))
     }
 
     /// Offers a disk for reading.
@@ -92,12 +94,15 @@ final class QEMUSnapshot {
         var export: [String: JSONValue] = [
             "type": "nbd", "id": .text(part.name), "node-name": .text(part.name), "name": .text(part.disk.id),
             "writable": false,
+            // Whoever connects again is told whether this is still the same point in time.
+            "description": .text("diskgate run \(short)"),
         ]
         if part.since != nil { export["bitmaps"] = [.text(Self.changedBitmap)] }
         try monitor.execute("block-export-add", .object(export))
         Step.reached("qemu.export")
         var disk = SnapshotDisk(
             id: part.disk.id, size: part.disk.size, source: try place.source(part.disk.id, socket: socket))
+        disk.answerSeconds = place.answerSeconds
         disk.changedContext = part.since.map { _ in "qemu:dirty-bitmap:\(Self.changedBitmap)" }
         disk.downgrade = part.downgrade
         disk.checkpoint = part.checkpoint
@@ -106,7 +111,11 @@ final class QEMUSnapshot {
 
     /// Notes that something is about to be made.
     private func intend(_ kind: String, _ details: [String: String]) throws(BlockError) {
-        made.append(try ledger.intend(kind, details.merging(identity?.details ?? [:]) { $1 }))
+        try intend([(kind, details)])
+    }
+
+    private func intend(_ things: [(kind: String, details: [String: String])]) throws(BlockError) {
+        made += try ledger.intend(things.map { ($0.kind, $0.details.merging(identity?.details ?? [:]) { $1 }) })
     }
 
     /// Finds the disks, and what is known of their changes.
@@ -235,17 +244,18 @@ final class QEMUSnapshot {
         // All copying away comes first: it holds the guest's writes up, on all disks, until the transaction is done.
         // A bitmap that was merged before would miss what the guest writes in between.
         var (backups, merges, checkpoints): ([JSONValue], [JSONValue], [JSONValue]) = ([], [], [])
+        var intended: [(kind: String, details: [String: String])] = []
         for part in parts {
             let replaced = part.disk.bitmaps.map(\.name).filter {
                 OwnName.replaces(part.checkpoint, $0) || $0 == part.wanted && OwnName.isOwn($0)
             }
-            try intend(
-                "qemu.checkpoint",
-                [
-                    "disk": part.disk.id, "node": part.disk.node, "checkpoint": part.checkpoint,
-                    "replaces": OwnName.joined(replaced), "persistent": "\(part.disk.keepsBitmaps)",
-                ])
-            try intend("qemu.job", ["job": part.name, "running": "\(isRunning)"])
+            let checkpoint = [
+                "disk": part.disk.id, "node": part.disk.node, "checkpoint": part.checkpoint,
+                "replaces": OwnName.joined(replaced), "persistent": "\(part.disk.keepsBitmaps)",
+            ]
+            intended += [
+                ("qemu.checkpoint", checkpoint), ("qemu.job", ["job": part.name, "running": "\(isRunning)"]),
+            ]
             if let since = part.since {
                 merges.append(
                     action(
@@ -278,6 +288,7 @@ final class QEMUSnapshot {
             ]
             backups.append(action("blockdev-backup", backup))
         }
+        try intend(intended)
         return backups + merges + checkpoints
     }
 
@@ -290,7 +301,7 @@ extension QMPClient {
     /// Runs blockdev-create to its end.
     func create(_ options: JSONValue, job: String) throws(BlockError) {
         try execute("blockdev-create", ["job-id": .text(job), "options": options])
-        let deadline = monotonicSeconds() + Self.commandSeconds
+        let deadline = monotonicSeconds() + commandSeconds
         while true {
             let jobs = try execute("query-jobs").elements
             guard let found = jobs.first(where: { $0["id"]?.string == job }) else {

@@ -6,7 +6,7 @@ import LinuxIO
 /// A connection to the monitor of a QEMU.
 final class QMPClient: Sendable {
     /// Seconds that a command has by default.
-    static let commandSeconds = 30.0
+    let commandSeconds: Double
     /// Events that are kept until somebody asks for them.
     private static let eventsMax = 1000
 
@@ -31,7 +31,8 @@ final class QMPClient: Sendable {
     /// The process at the other end of a Unix socket, and its user and group; nil where that cannot be told.
     let peer: (process: Int32, user: UInt32, group: UInt32)?
 
-    private init(_ socket: Descriptor, name: String) {
+    private init(_ socket: Descriptor, name: String, commandSeconds: Double) {
+        self.commandSeconds = commandSeconds
         state = Locked(State(lines: JSONLines(socket, name: name)))
         self.name = name
         var (process, user, group): (Int32, UInt32, UInt32) = (0, 0, 0)
@@ -41,11 +42,13 @@ final class QMPClient: Sendable {
     /// Connects, and leaves the monitor's negotiation.
     ///
     /// - Throws: `BlockError` when nobody answers there as QEMU does.
-    static func connect(to address: ServerAddress, seconds: Double = 10) throws(BlockError) -> QMPClient {
+    static func connect(
+        to address: ServerAddress, seconds: Double = 10, commandSeconds: Double = 30
+    ) throws(BlockError) -> QMPClient {
         let deadline = monotonicSeconds() + seconds
         let name = "QEMU's monitor at \(address)"
         let socket = try LinuxIO.connect(to: address, deadline: deadline)
-        let client = QMPClient(socket, name: name)
+        let client = QMPClient(socket, name: name, commandSeconds: commandSeconds)
         let greeting: [UInt8]
         do throws(BlockError) {
             greeting = try client.state.withLock { (state) throws(BlockError) in
@@ -54,7 +57,8 @@ final class QMPClient: Sendable {
         } catch {
             throw BlockError(
                 error.kind,
-                "\(error.message) (a monitor talks to one program at a time: give diskgate one of its own)")
+                "\(error.message) (a monitor talks to one program at a time, give diskgate one of its own; one that "
+                    + "wants TLS is not spoken to: put it behind an SSH tunnel)")
         }
         guard let value = JSONValue(parsing: greeting), value["QMP"] != nil else {
             throw BlockError(.invalid, "talking to \(name): it does not greet as QEMU's monitor does")
@@ -72,7 +76,7 @@ final class QMPClient: Sendable {
     /// - Throws: `.invalid` when QEMU refuses it; `.shutdown` or `.inputOutput` when QEMU is gone or silent, after
     ///   which the connection is of no use.
     @discardableResult
-    func execute(_ command: String, _ arguments: JSONValue = [:], seconds: Double = commandSeconds)
+    func execute(_ command: String, _ arguments: JSONValue = [:], seconds: Double? = nil)
         throws(BlockError) -> JSONValue
     {
         switch try attempt(command, arguments, seconds: seconds) {
@@ -91,13 +95,14 @@ final class QMPClient: Sendable {
     /// Runs a command that QEMU may refuse.
     ///
     /// - Throws: `BlockError` when QEMU is gone or silent.
-    func attempt(_ command: String, _ arguments: JSONValue = [:], seconds: Double = commandSeconds)
+    func attempt(_ command: String, _ arguments: JSONValue = [:], seconds: Double? = nil)
         throws(BlockError) -> Result<JSONValue, Refusal>
     {
         try state.withLock { (state) throws(BlockError) in
             if let failure = state.failure { throw failure }
             do throws(BlockError) {
-                return try Self.exchange(&state, command, arguments, deadline: monotonicSeconds() + seconds)
+                return try Self.exchange(
+                    &state, command, arguments, deadline: monotonicSeconds() + (seconds ?? commandSeconds))
             } catch {
                 // An answer that comes late would be taken for the next command's.
                 state.failure = error.during(command)

@@ -329,6 +329,7 @@ final class ChannelPool: @unchecked Sendable {
                     let channel = try Self.connect(
                         connector, agreement, seconds: ClientConnector.secondsMax, isFinal: &isFinal)
                     lastFailure = nil
+                    Reconnections.note(connector.uri)
                     return lock.withLock { add(channel) }
                 } catch {
                     let now = monotonicSeconds()

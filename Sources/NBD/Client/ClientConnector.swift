@@ -118,32 +118,23 @@ public struct ClientConnector: Sendable {
     private func converse(
         _ socket: Descriptor, _ goal: ClientHandshake.Goal, _ deadline: Double, _ isImpostor: inout Bool
     ) throws(BlockError) -> (ClientLink, ClientHandshake.Outcome) {
-        var link = ClientLink(socket)
-        var handshake = ClientHandshake(goal, usesTLS: context != nil)
-        let buffer = Buffer(count: 2 * Int(ClientHandshake.replyLengthMax))
-        var count = 0
+        var dialogue = HandshakeDialogue(
+            ClientLink(socket), ClientHandshake(goal, usesTLS: context != nil), deadline: deadline)
         var isAdmitted = true
         while true {
-            let space = UnsafeMutableRawBufferPointer(rebasing: buffer.bytes[count...])
-            count += try explaining(!isAdmitted) { () throws(BlockError) in try receive(link, space, deadline) }
+            try explaining(!isAdmitted) { () throws(BlockError) in try dialogue.receive() }
             isAdmitted = true
-            var output: [UInt8] = []
-            let input = UnsafeRawBufferPointer(rebasing: buffer.readable[..<count])
-            let (taken, outcome) = try handshake.receive(input, into: &output)
-            buffer.bytes.copyMemory(from: UnsafeRawBufferPointer(rebasing: input[taken...]))
-            count -= taken
-            try send(link, output, deadline)
+            let outcome = try dialogue.proceed()
             switch outcome {
             case .more: continue
-            case .ready, .listed: return (link, outcome)
+            case .ready, .listed: return (dialogue.link, outcome)
             case .startTLS:
-                let session = try startTLS(link, deadline, &isImpostor)
-                link = ClientLink(socket, session: session)
-                output.removeAll()
-                handshake.tlsStarted(into: &output)
+                let session = try startTLS(dialogue, &isImpostor)
                 // In TLS 1.3 a server looks at the client's certificate after the client has finished.
                 isAdmitted = false
-                try explaining(true) { () throws(BlockError) in try send(link, output, deadline) }
+                try explaining(true) { () throws(BlockError) in
+                    try dialogue.tlsStarted(over: ClientLink(socket, session: session))
+                }
             }
         }
     }
@@ -165,7 +156,7 @@ public struct ClientConnector: Sendable {
     /// Establishes TLS and checks that the right server has answered, before another byte is said.
     ///
     /// - Parameter isImpostor: set when another one has answered.
-    private func startTLS(_ link: ClientLink, _ deadline: Double, _ isImpostor: inout Bool) throws(BlockError)
+    private func startTLS(_ dialogue: borrowing HandshakeDialogue, _ isImpostor: inout Bool) throws(BlockError)
         -> TLSSession
     {
         guard let context else { throw BlockError(.invalid, "TLS was not asked for") }
@@ -173,11 +164,7 @@ public struct ClientConnector: Sendable {
         while true {
             let result = Result { () throws(BlockError) in try session.handshake() }
             do throws(BlockError) {
-                while !session.output.isEmpty {
-                    let count = session.output.count
-                    try send(link, Array(session.output), deadline)
-                    session.removeOutput(count)
-                }
+                try dialogue.sendOutput(of: session)
             } catch {
                 // After a failure, the output only tells the server about it: the failure is what counts.
                 guard case .failure = result else { throw error }
@@ -189,9 +176,9 @@ public struct ClientConnector: Sendable {
             case .success(let isDone): if isDone { return try checked(session, context, &isImpostor) }
             }
             session.addInput(
-                try receive(
-                    link, session.inputSpace, deadline,
-                    doing: "the TLS handshake; it may not accept the key or certificate that it was shown"))
+                try dialogue.receive(
+                    into: session.inputSpace,
+                    during: "the TLS handshake; it may not accept the key or certificate that it was shown"))
         }
     }
 
@@ -205,55 +192,5 @@ public struct ClientConnector: Sendable {
             throw error
         }
         return session
-    }
-
-    private func receive(
-        _ link: ClientLink, _ space: UnsafeMutableRawBufferPointer, _ deadline: Double,
-        doing: String = "the handshake"
-    ) throws(BlockError) -> Int {
-        let empty = UnsafeMutableRawBufferPointer(start: nil, count: 0)
-        while true {
-            try check(deadline)
-            switch link.receive(empty, space, waiting: true) {
-            case .bytes(let count): return count
-            case .closed(let why): throw BlockError(.shutdown, "the server \(why) during \(doing)")
-            case .nothing: continue
-            }
-        }
-    }
-
-    private func send(_ link: ClientLink, _ bytes: [UInt8], _ deadline: Double) throws(BlockError) {
-        var done = 0
-        while done < bytes.count || link.hasOutput {
-            try check(deadline)
-            let sent = bytes.withUnsafeBytes {
-                link.send(UnsafeRawBufferPointer(rebasing: $0[done...]), UnsafeRawBufferPointer(start: nil, count: 0))
-            }
-            switch sent {
-            case .bytes(let count): done += count
-            case .closed(let why):
-                throw BlockError(.shutdown, "the server \(lastWord(link) ?? why) during the handshake")
-            case .full: _ = link.waitForRoom(orInput: false, milliseconds: 100)
-            }
-        }
-    }
-
-    /// Why the server has ended TLS, if it said so before nothing could be sent any more.
-    private func lastWord(_ link: ClientLink) -> String? {
-        let space = Buffer(count: 4096)
-        let empty = UnsafeMutableRawBufferPointer(start: nil, count: 0)
-        while true {
-            switch link.receive(empty, space.bytes, waiting: false) {
-            case .bytes: continue
-            case .nothing: return nil
-            case .closed(let why): return why.hasPrefix("broke TLS") ? why : nil
-            }
-        }
-    }
-
-    private func check(_ deadline: Double) throws(BlockError) {
-        if monotonicSeconds() > deadline {
-            throw BlockError(errno: ETIMEDOUT, "waiting for the server during the handshake")
-        }
     }
 }

@@ -174,10 +174,13 @@ final class ClientLink: @unchecked Sendable {
         return ready.revents & ~Int16(POLLOUT) != 0
     }
 
-    /// Waits until something arrives.
-    func waitForInput(milliseconds: Int32) {
+    /// Waits until something arrives, or the connection ends.
+    ///
+    /// - Returns: false when nothing did in time.
+    @discardableResult
+    func waitForInput(milliseconds: Int32) -> Bool {
         var ready = pollfd(fd: descriptor.number, events: Int16(POLLIN), revents: 0)
-        poll(&ready, 1, milliseconds)
+        return poll(&ready, 1, milliseconds) > 0
     }
 
     /// Ends the connection at once, which wakes who waits for it.

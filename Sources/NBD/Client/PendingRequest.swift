@@ -117,19 +117,9 @@ final class PendingRequest: @unchecked Sendable {
     /// Bytes of it that are to be moved, and those of all requests that were in flight when it was sent.
     var expectedBytes: UInt64 = 0
     var extraMax: UInt64 = 0
-    private let condition: UnsafeMutablePointer<pthread_cond_t>
+    private let condition = Condition()
 
-    init(index: Int) {
-        self.index = index
-        condition = .allocate(capacity: 1)
-        condition.initialize(to: pthread_cond_t())
-        pthread_cond_init(condition, nil)
-    }
-
-    deinit {
-        pthread_cond_destroy(condition)
-        condition.deallocate()
-    }
+    init(index: Int) { self.index = index }
 
     /// Begins a new life in flight.
     func reset(_ request: Request, _ disposition: Disposition) {
@@ -146,15 +136,15 @@ final class PendingRequest: @unchecked Sendable {
         isWaitedFor = false
     }
 
-    /// Sleeps until woken; the mutex is held.
-    func sleep(_ mutex: UnsafeMutablePointer<pthread_mutex_t>) {
+    /// Sleeps until woken; the lock is held.
+    func sleep(holding lock: Lock) {
         isWaitedFor = true
-        pthread_cond_wait(condition, mutex)
+        condition.wait(holding: lock)
         isWaitedFor = false
     }
 
     /// Wakes the thread that sleeps.
-    func wake() { pthread_cond_signal(condition) }
+    func wake() { condition.signal() }
 
     /// What was asked, for messages.
     var doing: String {

@@ -28,39 +28,30 @@ extension ShownCertificates {
     {
         let deadline = monotonicSeconds() + seconds
         let socket = try LinuxIO.connect(to: address, deadline: deadline)
+        let link = ClientLink(socket)
+        var dialogue = HandshakeDialogue(link, ClientHandshake(.list, usesTLS: true), deadline: deadline)
         do throws(BlockError) {
-            var probe = Probe(socket: socket, deadline: deadline)
-            let isNBD = try probe.startNBD()
-            return try probe.shakeHands(hostName: hostName, isNBD: isNBD)
+            let isNBD = link.waitForInput(milliseconds: Int32(min(greetingSeconds, seconds) * 1000))
+            if isNBD { try askForTLS(&dialogue) }
+            return try shakeHands(dialogue, hostName: hostName, isNBD: isNBD)
         } catch { throw error.during("asking \(address) for its certificate") }
     }
-}
 
-/// One connection that is given up after the handshake.
-private struct Probe {
-    let socket: Descriptor
-    let deadline: Double
-
-    /// Begins as an NBD client, if the server greets like one, as far as TLS; false if it does not greet.
-    mutating func startNBD() throws(BlockError) -> Bool {
-        guard try waitForInput(seconds: ShownCertificates.greetingSeconds) else { return false }
-        var handshake = ClientHandshake(.list, usesTLS: true)
-        let input = Buffer(count: 2 * Int(ClientHandshake.replyLengthMax))
-        var count = 0
+    /// Goes as far as TLS with a server that greets like an NBD server.
+    private static func askForTLS(_ dialogue: inout HandshakeDialogue) throws(BlockError) {
         while true {
-            count += try receive(into: UnsafeMutableRawBufferPointer(rebasing: input.bytes[count...]))
-            var output: [UInt8] = []
-            let received = UnsafeRawBufferPointer(rebasing: input.readable[..<count])
-            let (taken, outcome) = try handshake.receive(received, into: &output)
-            input.bytes.copyMemory(from: UnsafeRawBufferPointer(rebasing: received[taken...]))
-            count -= taken
-            try send(output)
-            if case .startTLS = outcome { return true }
-            guard case .more = outcome else { throw BlockError(.invalid, "it ended the handshake before TLS") }
+            try dialogue.receive()
+            switch try dialogue.proceed() {
+            case .more: continue
+            case .startTLS: return
+            case .ready, .listed: throw BlockError(.invalid, "it ended the handshake before TLS")
+            }
         }
     }
 
-    func shakeHands(hostName: String, isNBD: Bool) throws(BlockError) -> ShownCertificates {
+    private static func shakeHands(_ dialogue: borrowing HandshakeDialogue, hostName: String, isNBD: Bool)
+        throws(BlockError) -> ShownCertificates
+    {
         var options = TLSClientOptions()
         options.verifiesPeer = false
         let session = try TLSClientContext(options).session(host: hostName)
@@ -68,10 +59,9 @@ private struct Probe {
         while failure == nil {
             do throws(BlockError) {
                 let isDone = try session.handshake()
-                try send(Array(session.output))
-                session.removeOutput(session.output.count)
+                try dialogue.sendOutput(of: session)
                 if isDone { break }
-                session.addInput(try receive(into: session.inputSpace))
+                session.addInput(try dialogue.receive(into: session.inputSpace, during: "TLS; does it offer that?"))
             } catch { failure = error }
         }
         // A server that wants a certificate from the client has shown its own before it refuses.
@@ -80,48 +70,8 @@ private struct Probe {
             throw failure ?? BlockError(.notFound, "it shows no certificate; does it use pre-shared keys?")
         }
         session.close()
-        try? send(Array(session.output))
+        try? dialogue.sendOutput(of: session)
         return ShownCertificates(
             isNBD: isNBD, certificates: certificates, pem: certificates.indices.compactMap { session.pem($0) })
-    }
-
-    /// Waits until something arrives; false if nothing does in time.
-    private func waitForInput(seconds: Double) throws(BlockError) -> Bool {
-        let end = min(deadline, monotonicSeconds() + seconds)
-        while true {
-            let left = end - monotonicSeconds()
-            if left <= 0 { return false }
-            var ready = pollfd(fd: socket.number, events: Int16(POLLIN), revents: 0)
-            let result = poll(&ready, 1, Int32(left * 1000) + 1)
-            if result > 0 { return true }
-            if result < 0 && errno != EINTR { throw BlockError(errno: errno, "waiting for an answer") }
-        }
-    }
-
-    private func receive(into space: UnsafeMutableRawBufferPointer) throws(BlockError) -> Int {
-        guard try waitForInput(seconds: .greatestFiniteMagnitude) else {
-            throw BlockError(errno: ETIMEDOUT, "waiting for an answer")
-        }
-        let got = recv(socket.number, space.baseAddress, space.count, 0)
-        if got < 0 { throw BlockError(errno: errno, "receiving") }
-        if got == 0 { throw BlockError(.inputOutput, "it closed the connection; does it offer TLS?") }
-        return got
-    }
-
-    private func send(_ bytes: [UInt8]) throws(BlockError) {
-        var done = 0
-        while done < bytes.count {
-            let sent = bytes.withUnsafeBytes {
-                Glibc.send(socket.number, $0.baseAddress?.advanced(by: done), $0.count - done, Int32(MSG_NOSIGNAL))
-            }
-            if sent > 0 {
-                done += sent
-            } else if errno == EAGAIN, monotonicSeconds() < deadline {
-                var ready = pollfd(fd: socket.number, events: Int16(POLLOUT), revents: 0)
-                poll(&ready, 1, 100)
-            } else if errno != EINTR {
-                throw BlockError(errno: errno, "sending")
-            }
-        }
     }
 }

@@ -63,7 +63,7 @@ public final class RunLedger: Sendable {
         }
         let ledger = RunLedger(run: run, path: path, lock: lock, state: State())
         do throws(BlockError) {
-            try ledger.append(Entry(run: run))
+            try ledger.append([Entry(run: run)])
             try renameDurably(aside, to: path)
         } catch {
             unlink(aside)
@@ -74,20 +74,18 @@ public final class RunLedger: Sendable {
 
     /// Takes over the ledgers of runs that are over: those whose lock is free. The latest run comes first.
     ///
-    /// - Parameter machine: only those of this machine; nil for all.
+    /// - Parameter isMeant: whether a run is meant; all are by default.
     /// - Returns: the ledgers, and why files could not be taken over; one bad file does not keep the others.
     /// - Throws: `BlockError` when the directory cannot be read.
-    public static func takeAbandoned(stateDirectory: String, machine: String? = nil) throws(BlockError) -> (
-        ledgers: [RunLedger], problems: [String]
-    ) {
+    public static func takeAbandoned(
+        stateDirectory: String, where isMeant: (RunIdentity) -> Bool = { _ in true }
+    ) throws(BlockError) -> (ledgers: [RunLedger], problems: [String]) {
         var ledgers: [RunLedger] = []
         var problems: [String] = []
         for path in try files(in: stateDirectory, ending: ".run") {
             do throws(BlockError) {
                 guard let (lock, run, state) = try load(path, .exclusive), let lock else { continue }
-                if machine == nil || run.machine == machine {
-                    ledgers.append(RunLedger(run: run, path: path, lock: lock, state: state))
-                }
+                if isMeant(run) { ledgers.append(RunLedger(run: run, path: path, lock: lock, state: state)) }
             } catch { problems.append(error.message) }
         }
         removeUnborn(in: stateDirectory)
@@ -131,12 +129,23 @@ public final class RunLedger: Sendable {
     ///
     /// - Throws: `BlockError` when that cannot be written: then it must not be made.
     public func intend(_ kind: String, _ details: [String: String]) throws(BlockError) -> Obligation {
+        let made = try intend([(kind, details)])
+        return made[0]
+    }
+
+    /// Notes, durably, that several things are about to be made, at the cost of one.
+    ///
+    /// - Returns: the obligations, in order.
+    /// - Throws: `BlockError` when that cannot be written: then none of them may be made.
+    public func intend(_ things: [(kind: String, details: [String: String])]) throws(BlockError) -> [Obligation] {
         try state.withLock { (state) throws(BlockError) in
-            let obligation = Obligation(id: state.next, kind: kind, details: details)
-            try append(Entry(made: obligation))
-            state.next += 1
-            state.open.append(obligation)
-            return obligation
+            let made = things.enumerated().map { index, thing in
+                Obligation(id: state.next + index, kind: thing.kind, details: thing.details)
+            }
+            try append(made.map { Entry(made: $0) })
+            state.next += made.count
+            state.open += made
+            return made
         }
     }
 
@@ -148,7 +157,7 @@ public final class RunLedger: Sendable {
             guard let index = state.open.firstIndex(where: { $0.id == obligation.id }) else { return }
             var more = state.open[index]
             more.details.merge(details) { $1 }
-            try append(Entry(learned: more))
+            try append([Entry(learned: more)])
             state.open[index] = more
         }
     }
@@ -159,36 +168,39 @@ public final class RunLedger: Sendable {
     public func settle(_ obligation: Obligation) throws(BlockError) {
         try state.withLock { (state) throws(BlockError) in
             guard state.open.contains(where: { $0.id == obligation.id }) else { return }
-            try append(Entry(settled: obligation.id))
+            // Not synced: what a power cut makes forgotten is given back again.
+            try append([Entry(settled: obligation.id)], isDurable: false)
             state.open.removeAll { $0.id == obligation.id }
         }
     }
 
     /// Ends the ledger: it is removed when everything is given back, and stays for `diskgate doctor` otherwise.
     ///
+    /// - Parameter forgettingDamage: whether what lines that make no sense stood for is given up.
     /// - Throws: `BlockError` when the file cannot be removed.
-    public func end() throws(BlockError) {
-        guard state.withLock({ $0.open.isEmpty && !$0.isDamaged }) else { return }
+    public func end(forgettingDamage: Bool = false) throws(BlockError) {
+        guard state.withLock({ $0.open.isEmpty && (forgettingDamage || !$0.isDamaged) }) else { return }
         if unlink(path) < 0 && errno != ENOENT { throw BlockError(errno: errno, "removing the run's ledger \(path)") }
         try syncDirectory(directoryName(path))
     }
 
-    private func append(_ entry: Entry) throws(BlockError) {
-        var line: Data
-        do { line = try JSONEncoder().encode(entry) } catch {
+    private func append(_ entries: [Entry], isDurable: Bool = true) throws(BlockError) {
+        var lines = Data()
+        do {
+            for entry in entries { lines += try JSONEncoder().encode(entry) + [UInt8(ascii: "\n")] }
+        } catch {
             throw BlockError(.invalid, "writing the run's ledger \(path): \(error)")
         }
-        line.append(UInt8(ascii: "\n"))
         let number = lock.descriptor.number
         let before = try lock.descriptor.status().st_size
-        let written = line.withUnsafeBytes { write(number, $0.baseAddress, $0.count) }
-        guard written == line.count else {
+        let written = lines.withUnsafeBytes { write(number, $0.baseAddress, $0.count) }
+        guard written == lines.count else {
             let reason = written < 0 ? errno : ENOSPC
             // What comes next must not be glued to half a line.
             ftruncate(number, before)
             throw BlockError(errno: reason, "writing the run's ledger \(path)")
         }
-        if fdatasync(number) < 0 { throw BlockError(errno: errno, "syncing the run's ledger \(path)") }
+        if isDurable, fdatasync(number) < 0 { throw BlockError(errno: errno, "syncing the run's ledger \(path)") }
     }
 
     /// Why not all of the ledger can be worked off; nil when it can.
@@ -233,8 +245,13 @@ public final class RunLedger: Sendable {
             }
             run = entry.run ?? run
             if let made = entry.made {
+                let (next, overflow) = made.id.addingReportingOverflow(1)
+                if overflow {
+                    state.isDamaged = true
+                    continue
+                }
                 state.open.append(made)
-                state.next = max(state.next, made.id + 1)
+                state.next = max(state.next, next)
             }
             if let more = entry.learned, let index = state.open.firstIndex(where: { $0.id == more.id }) {
                 state.open[index] = more

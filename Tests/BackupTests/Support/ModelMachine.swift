@@ -62,7 +62,7 @@ struct ModelDisk {
 
 /// A machine whose points are made in a repository.
 struct ModelMachine {
-    let repository: Repository
+    private(set) var repository: Repository
     let machine: RepositoryMachine
     var disks: [ModelDisk]
     var generator: SeededGenerator
@@ -143,6 +143,14 @@ struct ModelMachine {
         rule.last = keepLast
         let lock = try repository.lockMachine(machine)
         return try repository.prune(machine, keeping: rule, holding: lock)
+    }
+
+    /// The same machine with a copy of its repository.
+    func copied(to path: String) throws -> ModelMachine {
+        _ = try Tool.output("cp", ["-a", repository.path, path])
+        var copy = self
+        copy.repository = try Repository.open(at: path)
+        return copy
     }
 
     /// The path of a disk's file at a point.

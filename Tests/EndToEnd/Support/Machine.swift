@@ -15,7 +15,11 @@ final class Machine {
     var uri: String { "qmp+unix:\(folder.file("qmp"))?scratch=\(folder.path)" }
 
     /// Makes images with some random data and starts a QEMU with them.
-    init(in folder: Folder, disks names: [String] = ["vda"], megabytes: Int = 32) throws {
+    ///
+    /// - Parameter options: more words of QEMU's command line.
+    init(
+        in folder: Folder, disks names: [String] = ["vda"], megabytes: Int = 32, options: [String] = []
+    ) throws {
         self.folder = folder
         log = try namelessFile()
         disks = names.map { ($0, folder.file("\($0).qcow2")) }
@@ -24,17 +28,19 @@ final class Machine {
             "-uuid", "5a6b7c8d-0001-4002-8003-00000000000\(names.count)",
             "-qmp", "unix:\(folder.file("qmp")),server=on,wait=off",
             "-qmp", "unix:\(folder.file("own")),server=on,wait=off",
+            "-object", "throttle-group,id=pace",
         ]
         for (index, disk) in disks.enumerated() {
             let raw = try folder.image("\(disk.id).first", size: megabytes << 20, seed: UInt64(index) + 3)
             try run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, disk.image)
             words += [
                 "-blockdev",
-                "driver=qcow2,node-name=node-\(disk.id),discard=unmap,file.driver=file,file.filename=\(disk.image)",
+                "driver=qcow2,node-name=node-\(disk.id),discard=unmap,file.driver=throttle,file.throttle-group=pace,"
+                    + "file.file.driver=file,file.file.filename=\(disk.image)",
                 "-device", "virtio-blk-pci,drive=node-\(disk.id),id=\(disk.id)",
             ]
         }
-        self.words = words
+        self.words = words + options
         try start()
     }
 
@@ -58,6 +64,17 @@ final class Machine {
         var status: Int32 = 0
         waitpid(pid, &status, 0)
         pid = 0
+    }
+
+    func signal(_ number: Int32) { Glibc.kill(pid, number) }
+
+    /// Lets its images be read so fast, and no faster; 0 is as fast as it goes.
+    func limit(bytesPerSecond: Int) throws {
+        try monitor(
+            """
+            execute("qom-set", {"path": "/objects/pace", "property": "limits",
+                                "value": {"bps-read": int(sys.argv[2])}})
+            """, ["\(bytesPerSecond)"])
     }
 
     /// Runs Python with `execute(command, arguments)` on a monitor of the test's own, and gives the lines it prints.

@@ -9,11 +9,13 @@ struct Trouble: Error, CustomStringConvertible {
 }
 
 /// How a program ended.
-struct Outcome {
+struct Outcome: CustomStringConvertible {
     /// The exit status; 128 and the signal's number where a signal ended it.
     var status: Int32
     var output: [UInt8]
     var errors: String
+
+    var description: String { "status \(status)\n\(text)\(errors)" }
 
     /// The output as text.
     var text: String { String(decoding: output, as: UTF8.self) }

@@ -22,7 +22,7 @@ final class FakeAgent {
         let program = try Self.diskgate()
         FreezeGuard.program.withLock { $0 = [program, "freeze-guard"] }
         let deadline = monotonicSeconds() + 20
-        while access(socket, F_OK) < 0 || isAbandonedSocket(socket) {
+        while (try? connect(to: .unix(path: socket), deadline: deadline)) == nil {
             try require(monotonicSeconds() < deadline, "the fake agent does not start")
             usleep(5000)
         }

@@ -42,13 +42,13 @@ public enum Qcow2Merge {
     /// - Parameters:
     ///   - child: the path of an image whose backing file is `base`.
     ///   - base: the path of an image, with or without a backing file of its own.
-    ///   - progress: called now and then.
+    ///   - progress: called now and then, when what was merged so far is durable; what it throws ends the merge.
     /// - Throws: `.unsupported` before anything is changed when one of them is no image like those that `Qcow2Writer`
     ///   makes, when the child has no backing file, or when its disk is smaller than the base's; `.corrupt` when the
     ///   tables of one contradict themselves; or what reading and writing throws. The merge can then be started again.
     @discardableResult
     public static func merge(
-        child: String, into base: String, progress: (Qcow2MergeReport) -> Void = { _ in }
+        child: String, into base: String, progress: (Qcow2MergeReport) throws(BlockError) -> Void = { _ in }
     ) throws(BlockError) -> Qcow2MergeReport {
         let lower = try Descriptor.open(base, O_RDWR)
         let upper = try Descriptor.open(child, O_RDONLY)
@@ -62,7 +62,7 @@ public enum Qcow2Merge {
 
     static func merge(
         child: any ImageFile, into base: any ImageFile, batchBytes: UInt64 = MergeRun.batchBytes,
-        progress: (Qcow2MergeReport) -> Void = { _ in }
+        progress: (Qcow2MergeReport) throws(BlockError) -> Void = { _ in }
     ) throws(BlockError) -> Qcow2MergeReport {
         let upper = try ProfileImage(child)
         let lower = try ProfileImage(base)
@@ -119,7 +119,7 @@ final class MergeRun {
         inflater = Inflater(child.header.compression, inputMax: 2 * Int(Qcow2Profile.clusterSize))
     }
 
-    func run(_ progress: (Qcow2MergeReport) -> Void) throws(BlockError) {
+    func run(_ progress: (Qcow2MergeReport) throws(BlockError) -> Void) throws(BlockError) {
         Step.reached("merge.started")
         try growL1()
         for index in 0..<Int(Qcow2Profile.tables(child.header.size)) where child.table(index) != 0 {
@@ -135,7 +135,7 @@ final class MergeRun {
             try base.changeHeader { $0.storeBigEndian(size, at: 24) }
         }
         Step.reached("merge.done")
-        progress(report)
+        try progress(report)
     }
 
     /// Makes everything so far durable, then writes what may only be written after it.
@@ -195,7 +195,8 @@ final class MergeRun {
 // MARK: - Tables
 
 extension MergeRun {
-    private func mergeTable(_ index: Int, _ progress: (Qcow2MergeReport) -> Void) throws(BlockError) {
+    private func mergeTable(_ index: Int, _ progress: (Qcow2MergeReport) throws(BlockError) -> Void) throws(BlockError)
+    {
         let entries = try WordTable(child.file, at: child.table(index), count: Int(Qcow2Profile.tableEntries))
         tableIndex = index
         tableOffset = base.table(index)
@@ -227,7 +228,7 @@ extension MergeRun {
             }
             if unsynced >= batchBytes || pending.count >= Self.pendingMax {
                 try sync()
-                progress(report)
+                try progress(report)
             }
         }
     }

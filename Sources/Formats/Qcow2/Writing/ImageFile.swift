@@ -24,12 +24,16 @@ protocol ImageFile: AnyObject, Sendable {
 final class DiskImageFile: ImageFile {
     let name: String
     private let descriptor: Descriptor
+    /// For large pieces of a new image.
+    private let direct: DirectWriter?
     /// Whether the file system gives back parts of files.
     private let canPunch = Locked(true)
 
-    init(_ descriptor: Descriptor, name: String) {
+    /// - Parameter isNew: whether it is written from the beginning, in pieces that are not read again soon.
+    init(_ descriptor: Descriptor, name: String, isNew: Bool = false) {
         self.descriptor = descriptor
         self.name = name
+        direct = isNew ? DirectWriter(descriptor.number) : nil
     }
 
     func size() throws(BlockError) -> UInt64 { UInt64(clamping: try descriptor.status().st_size) }
@@ -55,6 +59,7 @@ final class DiskImageFile: ImageFile {
 
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError) {
         do throws(BlockError) {
+            if let direct, try direct.write(bytes, at: offset) { return }
             try writeFully(descriptor.number, bytes, at: offset, flags: 0)
         } catch { throw error.during("writing to \(name)") }
     }

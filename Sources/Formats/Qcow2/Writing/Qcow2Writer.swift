@@ -131,8 +131,8 @@ public final class Qcow2Writer: @unchecked Sendable {
         let descriptor = try Descriptor.open(path, O_RDWR | O_CREAT | O_EXCL)
         Step.reached("qcow2.created")
         return Qcow2Writer(
-            DiskImageFile(descriptor, name: path), path: path, size: size, backing: backing, compression: compression,
-            keepsCache: keepsCache)
+            DiskImageFile(descriptor, name: path, isNew: true), path: path, size: size, backing: backing,
+            compression: compression, keepsCache: keepsCache)
     }
 
     /// What was written so far.

@@ -1,17 +1,17 @@
 // Which file system a disk begins with, and the options that mount it as it is.
-import Block
+public import Block
 
 /// A file system that Linux mounts, as its first bytes tell.
-struct FileSystemType: Equatable {
+public struct FileSystemType: Sendable, Equatable {
     /// The kernel's name of it.
-    let name: String
+    public let name: String
     /// Whether it has a journal that would be replayed.
-    let hasJournal: Bool
+    public let hasJournal: Bool
 
     /// Recognises a file system; nil when it is none that is known here.
     ///
     /// - Throws: `BlockError` when the disk cannot be read.
-    static func recognised(on device: any BlockDevice) throws(BlockError) -> FileSystemType? {
+    public static func recognised(on device: any BlockDevice) throws(BlockError) -> FileSystemType? {
         let count = Int(min(device.info.size, 128 << 10))
         if count < 2048 { return nil }
         let buffer = Buffer(count: count)
@@ -38,7 +38,7 @@ struct FileSystemType: Equatable {
 
     /// Options for mount(8). Read-only means that nothing is written, not even a journal back; XFS is to be mounted
     /// beside another one with the same UUID, as the machine's own disk may be.
-    func options(isReadOnly: Bool) -> String {
+    public func options(isReadOnly: Bool) -> String {
         switch (name, isReadOnly) {
         case ("xfs", true): "ro,norecovery,nouuid"
         case ("xfs", false): "rw,nouuid"

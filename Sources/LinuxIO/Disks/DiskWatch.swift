@@ -1,0 +1,47 @@
+// Waiting for a disk to come or to go: by the kernel's events, and by looking now and then, should one be missed.
+public import Block
+import Glibc
+
+/// Waits for disks.
+public struct DiskWatch {
+    /// How long to go without looking, in seconds, when no event comes.
+    private static let pause = 0.2
+
+    private let inventory: DiskInventory
+    private let events: KernelEvents?
+
+    /// A watch that misses nothing that happens from now on.
+    public init(_ inventory: DiskInventory = DiskInventory()) {
+        self.inventory = inventory
+        events = try? KernelEvents()
+    }
+
+    /// Waits until a condition of the disks holds.
+    ///
+    /// - Parameters:
+    ///   - seconds: how long at most.
+    ///   - found: what is looked for among the disks; nil while it is not there.
+    /// - Returns: what was found; nil when time is up.
+    /// - Throws: `BlockError` when the disks cannot be listed, or what `found` throws.
+    public func wait<R>(seconds: Double, _ found: ([AttachedDisk]) throws(BlockError) -> R?) throws(BlockError) -> R? {
+        let end = monotonicSeconds() + seconds
+        while true {
+            if let result = try found(try inventory.disks()) { return result }
+            let left = end - monotonicSeconds()
+            if left <= 0 { return nil }
+            pauseForEvent(seconds: min(left, Self.pause))
+        }
+    }
+
+    /// Waits for the next event of a block device, or until the time is up.
+    private func pauseForEvent(seconds: Double) {
+        guard let events else {
+            usleep(UInt32(min(seconds, 0.05) * 1e6))
+            return
+        }
+        let end = monotonicSeconds() + seconds
+        while case .event(let event)? = try? events.next(seconds: max(0, end - monotonicSeconds())) {
+            if event.values["SUBSYSTEM"] == "block" { return }
+        }
+    }
+}

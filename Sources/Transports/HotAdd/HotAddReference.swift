@@ -1,0 +1,60 @@
+// hotadd: sources taken apart: a disk that is there, or what has to be added first.
+import Block
+public import LinuxIO
+
+/// What `hotadd:` names.
+public enum HotAddReference: Sendable, Equatable {
+    /// A disk that somebody has added: `serial=S`, `wwn=W` or `hctl=H:C:T:L`.
+    case present(DiskSelector)
+    /// What is to be added for as long as it is used: `image=PATH?controller=URI&format=raw`.
+    case image(HotAddImage)
+}
+
+/// The content of a disk that is to be added to this proxy.
+public struct HotAddImage: Sendable, Equatable {
+    /// What the hypervisor calls it: for QEMU a path on its machine.
+    public var path: String
+    /// Its format there.
+    public var format: String
+    /// The URI of the controller that adds disks to this proxy.
+    public var controller: String
+
+    /// An image.
+    public init(path: String, format: String, controller: String) {
+        self.path = path
+        self.format = format
+        self.controller = controller
+    }
+}
+
+extension SourceReference {
+    /// Takes what stands behind `hotadd:` apart.
+    ///
+    /// - Parameter value: the part behind the equals sign, decoded.
+    static func hotAdd(
+        _ key: Substring, _ value: String?, _ parameters: [(key: String, value: String)], of text: String
+    ) throws(BlockError) -> HotAddReference {
+        if let value, !value.isEmpty {
+            switch key.lowercased() {
+            case "serial": return .present(.serial(value))
+            case "wwn": return .present(.name(value))
+            case "hctl": if let address = SCSIAddress(value) { return .present(.address(address)) }
+            case "image":
+                func parameter(_ key: String) -> String? { parameters.last { $0.key == key }?.value }
+                guard let controller = parameter("controller") else {
+                    throw BlockError(
+                        .invalid,
+                        "opening \(text): say who adds disks to this machine: ?controller=qmp+tcp:HOST:PORT, the "
+                            + "monitor of its own QEMU")
+                }
+                return .image(
+                    HotAddImage(path: value, format: parameter("format") ?? "raw", controller: controller))
+            default: break
+            }
+        }
+        throw BlockError(
+            .invalid,
+            "opening \(text): write serial=SERIAL, wwn=NAME or hctl=HOST:CHANNEL:TARGET:UNIT behind the colon "
+                + "(diskgate disks shows them), or image=PATH?controller=URI")
+    }
+}
