@@ -29,7 +29,7 @@ final class LibvirtSession: OfferingSession {
         guard let backup = try place.runningBackup() else {
             throw BlockError(.inputOutput, "\(doing): libvirt's backup has ended by itself")
         }
-        let own = obligations.first { $0.kind == "libvirt.backup" }
+        let own = offer.obligations.first { $0.kind == "libvirt.backup" }
         if let own, !backup.isMeant(by: own.details) {
             throw BlockError(
                 .inputOutput, "\(doing): libvirt's backup has ended, and another one has begun (\(backup.server))")
