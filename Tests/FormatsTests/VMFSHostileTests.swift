@@ -46,8 +46,8 @@ import Testing
         }
     }
 
-    /// Whatever one flipped bit in a descriptor does, the file's bytes are right, or it does not open, unless the bit is
-    /// in an address or a size, which nothing else on the datastore contradicts.
+    /// Whatever one flipped bit in a descriptor does, the file's bytes are right, or it does not open, unless it is in
+    /// an address or a size, which nothing else on the datastore contradicts.
     @Test(arguments: [3, 5, 6])
     func flippedBitsOfADescriptorAreNoticedOrHarmless(version: Int) throws {
         let image = try VMFSImage.make(version)
@@ -81,6 +81,19 @@ import Testing
         let base: UInt64 = 0x110_0000 + (version == 3 ? 0x41_8000 : version == 5 ? 0x42_0000 : 0x72_0000)
         let cluster: UInt64 = version == 3 ? 32 : 0
         return base + (UInt64(fingerprint.address >> 6 & 0xFFFF) * cluster + UInt64(fingerprint.address >> 22)) * size
+    }
+
+    @Test(arguments: [3, 5, 6])
+    func damagedDescriptorLeavesTheOthers(version: Int) throws {
+        let lun = ChangingDevice(try VMFSImage.make(version).luns()[0])
+        let volume = try openVolume([lun])
+        let whole = try volume.list("vm1")
+        lun.change(1, at: try place(of: volume.open("vm1/thick-flat.vmdk").fingerprint, lun, version))
+        let damaged = try volume.list("vm1")
+        #expect(damaged.map(\.name) == whole.map(\.name))
+        #expect(damaged.filter { $0.problem != nil }.map(\.name) == ["thick-flat.vmdk"])
+        #expect(whole.allSatisfy { $0.problem == nil })
+        try requireError(.corrupt, "opening it") { _ = try volume.open("vm1/thick-flat.vmdk") }
     }
 
     @Test(arguments: [3, 5, 6])

@@ -3,8 +3,8 @@ import Foundation
 import Support
 import Testing
 
-/// Debian's vmfs-tools and vmfs6-tools, where they are right: the latter takes an address of zero for the end of a file,
-/// and returns what is on the LUN for blocks that were never written; both know no large files.
+/// Debian's vmfs-tools and vmfs6-tools, where they are right: the latter takes an address of zero for a file's end, and
+/// returns what is on the LUN for blocks that were never written; both know no large files.
 @Suite struct VMFSPeerTests {
     private func check(_ image: VMFSImage, _ tool: String, skippedLines: Int, without: Set<String> = []) throws {
         let files = image.manifest.files.filter { $0.value.sha256 != nil && !without.contains($0.key) }

@@ -133,6 +133,27 @@ import Testing
         try requireError(.notFound, "a link out of the datastore") { _ = try volume.open("vm1/out") }
     }
 
+    @Test(arguments: [3, 5, 6])
+    func siblingsAreOpenedFromAllowedDirectories(version: Int) throws {
+        let image = try VMFSImage.make(version)
+        let volume = try image.volume()
+        let resolver = VMFSResolver(volume, directory: "/vm1")
+        let flat = try resolver.open("thick-flat.vmdk")
+        #expect((flat.device as? VMFSFile)?.path == "vm1/thick-flat.vmdk")
+        #expect(try resolver.open("link.vmdk").identity == flat.identity)
+        #expect(try resolver.open("/vmfs/volumes/\(image.manifest.uuid)/vm1/thick-flat.vmdk").identity == flat.identity)
+        let snapshot = try resolver.open("snapshots/disk-000003.vmdk")
+        #expect(snapshot.identity != flat.identity)
+        // Relative to the file that was opened last.
+        #expect(try #require(snapshot.resolver).open("../thick-flat.vmdk").identity == flat.identity)
+        try requireError(.denied, "above") { _ = try resolver.open("../readme.txt") }
+        try requireError(.denied, "another datastore") { _ = try resolver.open("/vmfs/volumes/other/readme.txt") }
+        let below = VMFSResolver(volume, directory: "vm1/snapshots")
+        try requireError(.denied, "not allowed") { _ = try below.open("../thick-flat.vmdk") }
+        let allowed = VMFSResolver(volume, directory: "vm1/snapshots", allowed: ["vm1/"])
+        #expect(try allowed.open("../thick-flat.vmdk").identity == flat.identity)
+    }
+
     @Test func whatIsNotThereIsSaid() throws {
         let volume = try VMFSImage.make(6).volume()
         try requireError(.notFound, "no file") { _ = try volume.open("vm1/none.vmdk") }

@@ -1,4 +1,4 @@
-// File descriptors of VMFS: a lock block, then what a file is, then the addresses of its blocks or its bytes themselves.
+// File descriptors of VMFS: a lock block, then what a file is, then the addresses of its blocks or its bytes.
 import Block
 
 /// Who uses a file, as its lock says. A reader does not take locks; it only tells.
@@ -46,6 +46,10 @@ public struct VMFSLock: Sendable, Equatable {
     /// Where the owner's heartbeat lies on the volume, in bytes.
     let heartbeatOffset: UInt64
     let heartbeatGeneration: UInt64
+
+    /// Nobody's.
+    static let none = VMFSLock(
+        mode: .free, owner: VMFSUUID(ZeroPage.bytes, at: 0), token: 0, heartbeatOffset: 0, heartbeatGeneration: 0)
 }
 
 /// What a file is.

@@ -24,7 +24,7 @@ struct VMFSDirectory: ~Copyable {
 
     /// Reads a directory.
     ///
-    /// - Throws: `.invalid` when the descriptor is not of a directory, `.corrupt` when the directory cannot be right, or
+    /// - Throws: `.invalid` when the descriptor is not a directory's, `.corrupt` when the directory cannot be right, or
     ///   what reading throws.
     static func entries(_ descriptor: VMFSDescriptor, _ resources: VMFSResources) throws(BlockError)
         -> [VMFSDirectoryEntry]

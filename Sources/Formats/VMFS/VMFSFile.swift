@@ -18,7 +18,7 @@ public struct VMFSFingerprint: Sendable, Equatable {
 /// A file on a VMFS datastore, read-only.
 ///
 /// Other hosts may change the datastore at any time. Only a file that nobody writes can be read: one that is below a
-/// snapshot of its VM, or whose VM is off. Even that can be deleted or moved, and its blocks given to another VM. So the
+/// snapshot of its VM, or whose VM is off. Even that can be deleted or moved, its blocks given to another VM. So the
 /// file's place is compared with what it was when it was opened: its entry in the directory and its descriptor every
 /// `VMFSOptions.recheckSeconds` while it is mapped, each pointer block whenever it is read again, and everything in
 /// `recheck(.everything)`, which a backup calls before it counts. A change is an error of kind `.changed`, once and for
@@ -36,6 +36,8 @@ public final class VMFSFile: BlockDevice {
     public let info: DeviceInfo
     /// What the file was when it was opened.
     public let fingerprint: VMFSFingerprint
+    /// Its path from the datastore's root, without symbolic links.
+    public let path: String
     /// Who used the file when it was opened.
     public let lock: VMFSLock
     /// Bytes in blocks that the file has, whether they were written or not.
@@ -43,7 +45,6 @@ public final class VMFSFile: BlockDevice {
     /// Bytes in blocks that were never written: they read as zeros, whatever the LUN has there.
     public let unwrittenBytes: UInt64
     private let volume: VMFSVolume
-    private let path: String
     private let opened: VMFSDescriptor
     private let layout: VMFSLayout
     /// The lock's token when everything was last seen to be the same.
@@ -71,7 +72,7 @@ public final class VMFSFile: BlockDevice {
         info.preferredBlock = UInt32(clamping: min(volume.blockSize, 65536))
         info.isRotational = volume.span.info.isRotational
         info.identity = [
-            ("datastore", volume.label), ("datastore uuid", volume.uuid.description), ("path", path),
+            ("datastore", volume.label), ("vmfs", volume.uuid.description), ("path", path),
             ("lun", volume.members.map(\.device.info.name).joined(separator: ", ")),
         ]
         self.info = info

@@ -1,4 +1,4 @@
-// Who is who on a VMFS datastore: the UUIDs of volumes, LUNs and hosts, and the SCSI identity of a LUN as ESXi wrote it.
+// Who is who on a VMFS datastore: the UUIDs of volumes, LUNs and hosts, and the SCSI identity of a LUN as ESXi has it.
 import Block
 
 /// A UUID in the form that ESXi gives to datastores, LUNs and hosts.

@@ -46,8 +46,8 @@ final class VMFSLayout: @unchecked Sendable {
     /// The layout of the file with a descriptor.
     ///
     /// - Parameter cacheBytes: memory for the addresses of files with pointer blocks; 4 MiB map 512 GiB.
-    /// - Throws: `.corrupt` when an address cannot be followed, `.unsupported` for blocks that are shared copy on write,
-    ///   or what reading throws.
+    /// - Throws: `.corrupt` when an address cannot be followed, `.unsupported` for blocks shared copy on write, or what
+    ///   reading throws.
     init(_ descriptor: VMFSDescriptor, _ resources: VMFSResources, cacheBytes: Int = 0) throws(BlockError) {
         let geometry = resources.geometry
         self.resources = resources
@@ -222,7 +222,7 @@ extension VMFSLayout {
         return hash
     }
 
-    /// Runs a body on the words of each pointer block that is there; those that lie behind each other are read together.
+    /// Runs a body on the words of each pointer block that is there; those that follow each other are read together.
     private func forEachTable<Addresses: RandomAccessCollection<UInt64>>(
         _ addresses: Addresses, _ body: (Int, UnsafePointer<UInt64>) throws(BlockError) -> Void
     ) throws(BlockError) where Addresses.Index == Int {

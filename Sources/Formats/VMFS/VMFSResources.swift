@@ -1,4 +1,4 @@
-// The system files that everything small lies in: sub-blocks, pointer blocks and descriptors, found by cluster and item.
+// The system files that everything small lies in: sub-blocks, pointer blocks and descriptors, by cluster and item.
 import Block
 
 /// A run of a small file's bytes.
@@ -35,8 +35,8 @@ extension [VMFSPiece] {
     }
 }
 
-/// A resource file: a header, then groups of clusters; a group has a lock and a metadata block for each of its clusters,
-/// then their items.
+/// A resource file: a header, then groups of clusters; a group has a lock and a metadata block for each cluster, then
+/// the items.
 struct VMFSResource: Sendable {
     let size: UInt64
     private let pieces: [VMFSPiece]
@@ -72,8 +72,8 @@ struct VMFSResource: Sendable {
         else {
             throw BlockError(
                 .corrupt,
-                "its header claims \(itemsPerCluster) items of \(items) bytes in a cluster, \(clustersPerGroup) clusters"
-                    + " in a group of \(groupSize) bytes")
+                "its header claims \(itemsPerCluster) items of \(items) bytes in a cluster, \(clustersPerGroup) "
+                    + "clusters in a group of \(groupSize) bytes")
         }
     }
 

@@ -46,7 +46,7 @@ final class VMFSSpan: BlockDevice {
     @inline(__always)
     private func index(at offset: UInt64) -> Int {
         var low = 0
-        var high = runs.count - 1
+        var high = runs.count &- 1
         while low < high {
             let middle = (low + high) / 2
             if runs[middle].end <= offset { low = middle + 1 } else { high = middle }

@@ -34,6 +34,8 @@ public struct VMFSEntry: Sendable {
     public let lock: VMFSLock
     /// The LUN that a raw device mapping names.
     public let rawDevice: VMFSDiskID?
+    /// Why nothing but its name is known: its file descriptor cannot be read. Nil when all is well.
+    public let problem: BlockError?
     /// The address of its file descriptor.
     let address: UInt32
 
@@ -47,7 +49,20 @@ public struct VMFSEntry: Sendable {
         modifiedSeconds = descriptor.modifiedSeconds
         lock = descriptor.lock
         rawDevice = descriptor.diskID(geometry)
+        problem = nil
         address = descriptor.address
+    }
+
+    init(_ entry: VMFSDirectoryEntry, problem: BlockError) {
+        name = entry.name
+        kind = .unknown(0)
+        size = 0
+        allocatedBytes = 0
+        modifiedSeconds = 0
+        lock = VMFSLock.none
+        rawDevice = nil
+        self.problem = problem
+        address = entry.address
     }
 }
 
@@ -125,8 +140,13 @@ public final class VMFSVolume: Sendable {
             let place = try find(path)
             var entries: [VMFSEntry] = []
             for entry in try VMFSDirectory.entries(place.descriptor, resources) {
-                let descriptor = try resources.descriptor(entry.address)
-                entries.append(VMFSEntry(entry.name, descriptor, header.geometry))
+                do throws(BlockError) {
+                    let descriptor = try resources.descriptor(entry.address)
+                    entries.append(VMFSEntry(entry.name, descriptor, header.geometry))
+                } catch  where error.kind == .corrupt {
+                    // Perhaps the file is just being deleted. The others are there all the same.
+                    entries.append(VMFSEntry(entry, problem: error))
+                }
             }
             return entries
         }
@@ -272,10 +292,16 @@ extension VMFSVolume {
         try VMFSResource.read(buffer.bytes, at: 0, pieces, span)
         let text = fieldText(buffer.readable, 0..<buffer.bytes.count)
         guard text.hasPrefix("/") else { return (false, Self.names(text)) }
-        // From a host's root this datastore is below /vmfs/volumes, by its UUID or its name.
-        for name in [uuid.description, label] where text.hasPrefix("/vmfs/volumes/\(name)/") {
-            return (true, Self.names(String(text.dropFirst("/vmfs/volumes/\(name)/".count))))
-        }
+        if let inside = pathInside(text) { return (true, Self.names(inside)) }
         throw BlockError(.notFound, "following \(path) in \(label): it leads to \(text), out of the datastore")
+    }
+
+    /// A path from a host's root, where this datastore is below /vmfs/volumes by its UUID or its name, as a path from
+    /// the datastore's root; nil when it leads elsewhere.
+    func pathInside(_ path: String) -> String? {
+        for name in [uuid.description, label] where path.hasPrefix("/vmfs/volumes/\(name)/") {
+            return String(path.dropFirst("/vmfs/volumes/\(name)/".count))
+        }
+        return nil
     }
 }
