@@ -36,6 +36,15 @@ public final class ExportRegistry: ExportDirectory {
         }
     }
 
+    /// Takes all exports out, so that their disks are closed once nobody uses them any more.
+    public func removeAll() {
+        let removed = exports.withLock { exports in
+            defer { exports = [] }
+            return exports
+        }
+        withExtendedLifetime(removed) {}
+    }
+
     /// All exports in the order they were added.
     public var all: [Export] { exports.withLock { $0 } }
 

@@ -96,7 +96,10 @@ public struct ServeService {
             _ = snapshots.closeAll(server)
             throw error
         }
-        return snapshots.closeAll(server) || status != 0 ? status : 1
+        let isStored = snapshots.closeAll(server)
+        // Threads that end with the process hold the server; what was attached for a disk has to be given back now.
+        registry.removeAll()
+        return isStored || status != 0 ? status : 1
     }
 
     private func serve(_ server: Server) throws(BlockError) -> Int32 {

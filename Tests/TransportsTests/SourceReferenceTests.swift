@@ -1,5 +1,6 @@
 // The source grammar: what users write, and what must not be taken for something else.
 import Block
+import LinuxIO
 import Support
 import Testing
 import Transports
@@ -49,9 +50,25 @@ import Transports
         #expect(try SourceReference("file://\(path)").kind == .path(path))
     }
 
-    @Test(arguments: ["hotadd:serial=X", "san:wwn=naa.6", "iscsi://h/t", "vddk:x"])
+    @Test(arguments: ["san:wwn=naa.6", "iscsi://h/t", "vddk:x"])
     func saysWhatCannotBeOpenedYet(text: String) throws {
         try requireError(.unsupported, text) { _ = try SourceReference(text) }
+    }
+
+    @Test func hotAddedDisksAreNamedByWhoTheyAre() throws {
+        let named: [(String, DiskSelector)] = [
+            ("serial=6000c29", .serial("6000c29")), ("WWN=naa.5", .name("naa.5")),
+            ("hctl=2:0:5:0", .address(try #require(SCSIAddress("2:0:5:0")))),
+        ]
+        for (text, selector) in named {
+            #expect(try SourceReference("hotadd:\(text)").kind == .hotAdd(.present(selector)))
+        }
+        let image = HotAddImage(path: "/vm/a b.qcow2", format: "qcow2", controller: "qmp+tcp:10.0.2.2:4444")
+        let text = "hotadd:image=/vm/a%20b.qcow2?controller=qmp+tcp:10.0.2.2:4444&format=qcow2"
+        #expect(try SourceReference(text).kind == .hotAdd(.image(image)))
+        for wrong in ["hotadd:", "hotadd:x", "hotadd:serial=", "hotadd:hctl=1:2:3", "hotadd:lun=1", "hotadd:image=/x"] {
+            try requireError(.invalid, wrong) { _ = try SourceReference(wrong) }
+        }
     }
 
     @Test func pointsAreNamedWithTheirRepository() throws {
