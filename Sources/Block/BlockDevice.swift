@@ -107,6 +107,12 @@ public protocol BlockDevice: AnyObject, Sendable {
 
     /// Starts reading a range into memory, as advice (NBD_CMD_CACHE). Does not wait.
     func prefetch(_ range: Range<UInt64>)
+
+    /// Makes sure that what was read so far was this disk's, where others could have moved it meanwhile: a copy counts
+    /// only after that. May block.
+    ///
+    /// - Throws: `.changed`, and everything read since it was opened is in doubt.
+    func confirm() throws(BlockError)
 }
 
 extension BlockDevice {
@@ -134,6 +140,7 @@ extension BlockDevice {
     }
     public func flush() throws(BlockError) {}
     public func prefetch(_ range: Range<UInt64>) {}
+    public func confirm() throws(BlockError) {}
 }
 
 extension DeviceInfo {

@@ -139,6 +139,7 @@ extension SourceReference {
                         + "scratch space)")
             }
             return try point.open()
+        case .san(let reference): return try openSAN(reference, writable: writable)
         case .hotAdd(let reference): return try openHotAdded(reference, writable: writable)
         case .nbd(let uri):
             let device = try NBDDevice.open(uri, isWritable: writable)
@@ -188,7 +189,7 @@ extension SourceReference {
     }
 
     /// What format= says; nil without it.
-    private func formatHint() throws(BlockError) -> FormatHint? {
+    func formatHint() throws(BlockError) -> FormatHint? {
         guard let name = parameter("format") else { return nil }
         guard let format = ImageFormat(rawValue: name) else {
             let known = ImageFormat.allCases.filter(\.isSupported).map(\.rawValue).joined(separator: ", ")

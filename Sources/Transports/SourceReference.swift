@@ -19,6 +19,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case point(PointReference)
         /// A SCSI disk that was, or is to be, hot-added to this machine.
         case hotAdd(HotAddReference)
+        /// A LUN that this machine sees, or a file of a datastore on such LUNs.
+        case san(SANReference)
     }
 
     /// What the reference names.
@@ -31,9 +33,7 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
     public static func == (left: Self, right: Self) -> Bool { left.description == right.description }
 
     /// URI schemes that name sources this version cannot open, and what they would be.
-    static let notYet = [
-        "san": "a disk on a SAN LUN", "iscsi": "an iSCSI LUN", "vddk": "a VDDK disk",
-    ]
+    static let notYet = ["iscsi": "an iSCSI LUN", "vddk": "a VDDK disk"]
 
     /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, point:POINT, hotadd:DISK,
     /// NBD URIs, with ?KEY=VALUE&...
@@ -62,6 +62,7 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case "pattern": kind = .pattern(size: try ByteCount(String(body)).bytes)
         case "point": kind = .point(try Self.point(body, parameters, of: text))
         case "hotadd": kind = .hotAdd(try Self.hotAdd(body, parameters, of: text))
+        case "san": kind = .san(try Self.san(body, of: text))
         case "memory": kind = .memory(size: try ByteCount(String(body)).bytes)
         default:
             if let what = Self.notYet[scheme] {
@@ -131,6 +132,14 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         }
         return PointReference(
             point: point, repository: repository, machine: value("vm"), disk: value("disk"))
+    }
+
+    private static func san(_ body: Substring, of text: String) throws(BlockError) -> SANReference {
+        guard let whole = decoded(body) else {
+            throw BlockError(.invalid, "opening \(text): its name has a %XX that stands for no text")
+        }
+        let parts = body.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
+        return try san(parts[0], parts.count == 2 ? decoded(parts[1]) : nil, body: whole, of: text)
     }
 
     private static func hotAdd(

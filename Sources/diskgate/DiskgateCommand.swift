@@ -20,7 +20,8 @@ struct DiskgateCommand: ParsableCommand {
             &exclusive=true, nbd://HOST/EXPORT and the other NBD URIs (nbds, nbd+unix, nbd+vsock, ...), \
             pattern:SIZE?seed=N&allocated=PERCENT%, memory:SIZE, \
             point:POINT?repository=DIRECTORY&vm=VM&disk=DISK, a disk that was hot-added to this machine \
-            (hotadd:serial=S, hotadd:wwn=W, hotadd:hctl=H:C:T:L). Sizes take K, M, G, T and P (powers of 1024). Data \
+            (hotadd:serial=S, hotadd:wwn=W, hotadd:hctl=H:C:T:L), a LUN (san:wwn=W) or a file \
+            of a VMFS datastore (san:DATASTORE/PATH?snapshot=NAME). Sizes take K, M, G, T and P (powers of 1024). Data \
             goes to standard output, everything else to standard error. Exit status: 0 done, 1 failed, 2 usage, 3 done \
             but downgraded.
             """,
@@ -32,7 +33,7 @@ struct DiskgateCommand: ParsableCommand {
             CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
             PruneCommand.self, PinCommand.self, UnpinCommand.self, MountCommand.self, UnmountCommand.self,
             FreezeGuardCommand.self, SnapshotCommand.self, CheckpointsCommand.self, DisksCommand.self,
-            AttachCommand.self, DetachCommand.self,
+            AttachCommand.self, DetachCommand.self, LsCommand.self,
         ])
 
     static func main() {

@@ -163,6 +163,7 @@ public final class Copier: Sendable {
             do throws(BlockError) { try makeDurable(&hasLost, checkpoint) } catch { throw failure }
             throw failure
         }
+        try source.device.confirm()
         try target.flush()
         var result = crew.current
         result.seconds = monotonicSeconds() - start

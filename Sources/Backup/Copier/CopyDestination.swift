@@ -43,7 +43,7 @@ public enum CopyDestination: Sendable, Equatable {
                 throw BlockError(
                     .invalid, "copying to \(path): it is neither a file nor a block device (- is standard output)")
             }
-        case .pattern, .memory, .point, .hotAdd:
+        case .pattern, .memory, .point, .hotAdd, .san:
             throw BlockError(.invalid, "copying to \(text): nothing can be written there; name a file or an NBD URI")
         }
     }

@@ -153,6 +153,8 @@ public final class FaultDevice: BlockDevice {
         try checkWrite(range, "discarding \(range.count64) bytes")
         try lower.discard(range, durable: durable)
     }
+    public func confirm() throws(BlockError) { try lower.confirm() }
+
     public func flush() throws(BlockError) {
         let failing = fault(0..<info.size) {
             if case .flushError = $0 { true } else { false }

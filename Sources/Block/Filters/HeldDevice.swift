@@ -53,5 +53,6 @@ public final class HeldDevice: BlockDevice, @unchecked Sendable {
         try device.discard(range, durable: durable)
     }
     public func flush() throws(BlockError) { try device.flush() }
+    public func confirm() throws(BlockError) { try device.confirm() }
     public func prefetch(_ range: Range<UInt64>) { lower?.prefetch(range) }
 }

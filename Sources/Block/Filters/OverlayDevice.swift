@@ -168,5 +168,6 @@ public final class OverlayDevice: BlockDevice {
     }
 
     public func flush() throws(BlockError) { try scratch.flush() }
+    public func confirm() throws(BlockError) { try lower.confirm() }
     public func prefetch(_ range: Range<UInt64>) { lower.prefetch(range) }
 }

@@ -96,6 +96,7 @@ public final class ResizedDevice: BlockDevice {
     }
 
     public func flush() throws(BlockError) { try lower.flush() }
+    public func confirm() throws(BlockError) { try lower.confirm() }
     public func prefetch(_ range: Range<UInt64>) {
         let part = inside(range)
         if !part.isEmpty { lower.prefetch(part) }

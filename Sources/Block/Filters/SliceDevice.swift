@@ -62,5 +62,6 @@ public final class SliceDevice: BlockDevice {
         try lower.discard(moved(range), durable: durable)
     }
     public func flush() throws(BlockError) { try lower.flush() }
+    public func confirm() throws(BlockError) { try lower.confirm() }
     public func prefetch(_ range: Range<UInt64>) { lower.prefetch(moved(range)) }
 }

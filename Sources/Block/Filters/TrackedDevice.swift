@@ -205,5 +205,6 @@ public final class TrackedDevice: BlockDevice, @unchecked Sendable {
         return try base.status(context, of: range, into: &list)
     }
     public func flush() throws(BlockError) { try base.flush() }
+    public func confirm() throws(BlockError) { try base.confirm() }
     public func prefetch(_ range: Range<UInt64>) { base.prefetch(range) }
 }

@@ -148,6 +148,16 @@ public final class Qcow2Device: BlockDevice {
         return added ? range.upperBound : position
     }
 
+    /// Asks all files of the chain.
+    public func confirm() throws(BlockError) {
+        for index in 0..<chain.count {
+            let (lower, data) = chain.layers[index].withImage { ($0.lower, $0.data) }
+            try lower.confirm()
+            if data !== lower { try data.confirm() }
+        }
+        try base?.confirm()
+    }
+
     /// Starts reading the clusters of a range, or the table that maps them where it is not in memory.
     public func prefetch(_ range: Range<UInt64>) {
         var missing = -1

@@ -176,6 +176,8 @@ extension VMFSFile {
         }
     }
 
+    public func confirm() throws(BlockError) { try recheck(.everything) }
+
     private func compare(_ depth: Depth) throws(BlockError) {
         let geometry = volume.resources.geometry
         let now: VMFSDescriptor

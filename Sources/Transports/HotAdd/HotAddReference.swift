@@ -34,23 +34,16 @@ extension SourceReference {
     static func hotAdd(
         _ key: Substring, _ value: String?, _ parameters: [(key: String, value: String)], of text: String
     ) throws(BlockError) -> HotAddReference {
-        if let value, !value.isEmpty {
-            switch key.lowercased() {
-            case "serial": return .present(.serial(value))
-            case "wwn": return .present(.name(value))
-            case "hctl": if let address = SCSIAddress(value) { return .present(.address(address)) }
-            case "image":
-                func parameter(_ key: String) -> String? { parameters.last { $0.key == key }?.value }
-                guard let controller = parameter("controller") else {
-                    throw BlockError(
-                        .invalid,
-                        "opening \(text): say who adds disks to this machine: ?controller=qmp+tcp:HOST:PORT, the "
-                            + "monitor of its own QEMU")
-                }
-                return .image(
-                    HotAddImage(path: value, format: parameter("format") ?? "raw", controller: controller))
-            default: break
+        if let selector = try diskSelector(key, value, of: text) { return .present(selector) }
+        if key.lowercased() == "image", let value, !value.isEmpty {
+            func parameter(_ key: String) -> String? { parameters.last { $0.key == key }?.value }
+            guard let controller = parameter("controller") else {
+                throw BlockError(
+                    .invalid,
+                    "opening \(text): say who adds disks to this machine: ?controller=qmp+tcp:HOST:PORT, the monitor "
+                        + "of its own QEMU")
             }
+            return .image(HotAddImage(path: value, format: parameter("format") ?? "raw", controller: controller))
         }
         throw BlockError(
             .invalid,

@@ -49,9 +49,17 @@ public struct HotAddTask: Sendable {
             throw BlockError(.invalid, "adding disks: give images of one controller")
         }
         let controller = try HotAddControllers.open(first.controller)
-        let ledger = try RunLedger.begin(stateDirectory: stateDirectory, machine: first.controller, repository: nil)
         let turn = try turn(at: first.controller)
         defer { withExtendedLifetime(turn) {} }
+        // Before anything is noted: a controller that cannot be asked has added nothing.
+        let free = try controller.freeSlots()
+        if free < images.count {
+            throw BlockError(
+                .noSpace,
+                "adding \(images.count) disks by \(first.controller): only \(free) places are free on its SCSI adapters"
+            )
+        }
+        let ledger = try RunLedger.begin(stateDirectory: stateDirectory, machine: first.controller, repository: nil)
         let run = ledger.run.id.filter { $0 != "-" }.prefix(12)
         var obligations: [Obligation] = []
         do throws(BlockError) {

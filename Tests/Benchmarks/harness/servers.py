@@ -3,6 +3,7 @@
 `SERVERS` is the table to adapt when a command line changes.
 """
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,6 +171,20 @@ def adopt_orphans():
     PR_SET_CHILD_SUBREAPER = 36
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise BenchError(f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(ctypes.get_errno())}")
+    threading.Thread(target=_reap_probes, daemon=True).start()
+
+
+def _reap_probes():
+    """libvirtd asks QEMUs that go to the background what they can do, and waits until they are gone: as zombies of this
+    process they would stay. It starts no QEMU itself."""
+    while True:
+        for pid in children(os.getpid()):
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{pid}/stat") as stat:
+                    name, state = stat.read().partition("(")[2].rpartition(")")[::2]
+                if name.startswith("qemu-system") and state.split()[0] == "Z":
+                    os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.1)
 
 
 def is_listening(export: Export) -> bool:

@@ -1,0 +1,102 @@
+// san: sources: datastores found on LUNs, files opened from them, what has to be said first, and what is refused.
+import Block
+import Formats
+import Glibc
+import LinuxIO
+import Support
+import Testing
+import Transports
+
+/// Images of a datastore's LUNs, made by the lab's builder.
+private struct Datastore {
+    let directory: TemporaryDirectory
+    let luns: [String]
+
+    init(_ directory: TemporaryDirectory, luns count: Int) throws {
+        self.directory = directory
+        let script =
+            #filePath.split(separator: "/").dropLast(3).reduce("") { "\($0)/\($1)" } + "/Scripts/lab/vmfs-image"
+        let path = directory.file("ds.img")
+        _ = try Tool.output("python3", [script, "6", path, "--luns", "\(count)", "--few"])
+        luns =
+            count == 1
+            ? [path]
+            : try namesInDirectory(directory.path).filter { !$0.hasSuffix(".json") }
+                .map { directory.file($0) }
+    }
+
+    /// A source on these LUNs only.
+    func source(_ path: String, _ rest: String = "snapshot=test") throws -> SourceReference {
+        try SourceReference("san:\(path)?\(rest)" + luns.map { "&lun=\($0)" }.joined())
+    }
+}
+
+@Suite struct SANSourceTests {
+    private func label(_ datastore: Datastore) throws -> String {
+        let units = try datastore.source("x").logicalUnits
+        let (found, problems) = try Datastores(on: units).all()
+        try require(problems.isEmpty && found.count == 1, "\(problems) \(found.count)")
+        return try #require(found.first?.volume?.label)
+    }
+
+    @Test(arguments: [1, 2])
+    func filesOfADatastoreAreDisks(luns: Int) throws {
+        try withTemporaryDirectory { directory in
+            let datastore = try Datastore(directory, luns: luns)
+            let name = try label(datastore)
+            let volume = try Datastores(on: datastore.source("x").logicalUnits).volume(named: name)
+            let folders = try volume.list("").filter { $0.kind == .directory }.map(\.name)
+            let files = try folders.flatMap { folder in
+                try volume.list(folder).filter { $0.kind == .file && $0.size > 0 }.map { "\(folder)/\($0.name)" }
+            }
+            let path = try #require(files.first { $0.hasSuffix("-flat.vmdk") } ?? files.first)
+            let direct = try volume.open(path)
+            for text in ["\(name)/\(path)", "\(volume.uuid)/\(path)"] {
+                let device = try datastore.source(text).open()
+                #expect(device.info.size == direct.info.size && device.info.isReadOnly)
+                let count = Int(min(device.info.size, 1 << 20))
+                try requireEqual(
+                    try readBytes(device, at: 0, count: count), try readBytes(direct, at: 0, count: count), text)
+                try device.confirm()
+            }
+        }
+    }
+
+    @Test func somebodyHasToSayWhatKeepsTheDiskStill() throws {
+        try withTemporaryDirectory { directory in
+            let datastore = try Datastore(directory, luns: 1)
+            let name = try label(datastore)
+            try requireError(.denied, "neither") { _ = try datastore.source("\(name)/a", "snapshot=").open() }
+            try requireError(.notFound, "a snapshot") { _ = try datastore.source("\(name)/none").open() }
+            try requireError(.notFound, "torn") { _ = try datastore.source("\(name)/none", "inconsistent=yes").open() }
+            try requireError(.readOnly, "writing") { _ = try datastore.source("\(name)/none").open(writable: true) }
+            try requireError(.invalid, "no file") { _ = try datastore.source(name).open() }
+            try requireError(.notFound, "another") { _ = try datastore.source("other/none").open() }
+        }
+    }
+
+    @Test func aDatastoreWithoutAllItsLUNsIsNotOpened() throws {
+        try withTemporaryDirectory { directory in
+            let datastore = try Datastore(directory, luns: 2)
+            let units = LogicalUnits(nodes: [try #require(datastore.luns.first)])
+            let (found, _) = try Datastores(on: units).all()
+            #expect(found.count == 1 && found.first?.volume == nil && found.first?.problem?.kind == .notFound)
+            // One that is no LUN of any datastore, and one that is not there, do not hide the others.
+            let noise = try directory.makeFile("noise", patternBytes(4 << 20, seed: 4))
+            let all = LogicalUnits(nodes: datastore.luns + [noise, directory.file("gone")])
+            let (more, problems) = try Datastores(on: all).all()
+            #expect(more.compactMap(\.volume).count == 1 && problems.map(\.kind) == [.notFound])
+        }
+    }
+
+    @Test func referencesAreTakenApart() throws {
+        #expect(try SourceReference("san:wwn=naa.6").kind == .san(.unit(.name("naa.6"))))
+        #expect(try SourceReference("san:").kind == .san(.file(datastore: "", path: "")))
+        let file = SANReference.file(datastore: "fast one", path: "vm/vm-flat.vmdk")
+        #expect(try SourceReference("san:fast%20one/vm/vm-flat.vmdk?snapshot=x").kind == .san(file))
+        // A name with an equals sign in it is one, unless the part before means something.
+        #expect(try SourceReference("san:a=b/c").kind == .san(.file(datastore: "a=b", path: "c")))
+        try requireError(.invalid, "an empty name") { _ = try SourceReference("san:wwn=") }
+        try requireError(.invalid, "no address") { _ = try SourceReference("san:hctl=1:2") }
+    }
+}
