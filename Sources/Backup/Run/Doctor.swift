@@ -100,7 +100,7 @@ public struct Doctor: Sendable {
     private func settle(_ ledger: RunLedger, _ lock: FileLock?) -> Finding {
         var finding = Finding(run: ledger.run, isGoingOn: false, obligations: ledger.obligations)
         if let damage = ledger.damage { finding.problems.append(damage) }
-        var giver = ObligationGiver(run: ledger.run, lock: lock)
+        var giver = ObligationGiver(run: ledger.run, lock: lock, stateDirectory: stateDirectory)
         var left: [Obligation] = []
         for obligation in ledger.obligations.reversed() where !obligation.isHeldByHand {
             if let user = left.first(where: { $0.holdsBack(obligation) }) {
@@ -126,17 +126,21 @@ public struct Doctor: Sendable {
 private struct ObligationGiver {
     let run: RunIdentity
     let lock: FileLock?
+    let stateDirectory: String
     private var provider: (any Provider)?
     private var repository: Repository?
     private var sealed: Bool?
 
-    init(run: RunIdentity, lock: FileLock?) {
+    init(run: RunIdentity, lock: FileLock?, stateDirectory: String) {
         self.run = run
         self.lock = lock
+        self.stateDirectory = stateDirectory
     }
 
     mutating func giveBack(_ obligation: Obligation) throws(BlockError) {
-        if obligation.kind == "hotadd.disk" { return try HotAddTask().giveBack(obligation, force: false) }
+        if obligation.kind == "hotadd.disk" {
+            return try HotAddTask(stateDirectory: stateDirectory).giveBack(obligation, force: false)
+        }
         if obligation.kind == "node.read-only" { return try obligation.makeNodeWritable() }
         if obligation.kind.hasPrefix("repository.") {
             return try openRepository().settle(obligation, holding: lock)
