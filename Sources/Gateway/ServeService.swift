@@ -94,6 +94,7 @@ public struct ServeService {
         let status: Int32
         do throws(BlockError) { status = try serve(server) } catch {
             _ = snapshots.closeAll(server)
+            registry.removeAll()
             throw error
         }
         let isStored = snapshots.closeAll(server)

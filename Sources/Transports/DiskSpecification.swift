@@ -183,7 +183,7 @@ extension SourceReference {
             else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
             return try HotAddedDisk(selector: selector, isWritable: writable).open(seconds: seconds)
         case .image(let image):
-            try allow(["controller", "format"])
+            try checkImage(image)
             return try HotAddedDisk.open(image, isWritable: writable)
         }
     }

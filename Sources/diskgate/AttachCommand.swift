@@ -1,6 +1,8 @@
 // `diskgate attach` and `detach`: disks onto this proxy's own machine by hand, for other tools, and off it again.
 import ArgumentParser
 import Block
+import Glibc
+import LinuxIO
 import Transports
 
 struct AttachCommand: ParsableCommand {
@@ -23,9 +25,11 @@ struct AttachCommand: ParsableCommand {
 
     func run() throws {
         let images = try sources.map { text in
-            guard case .hotAdd(.image(let image)) = try SourceReference(text).kind else {
+            let source = try SourceReference(text)
+            guard case .hotAdd(.image(let image)) = source.kind else {
                 throw BlockError(.invalid, "attaching \(text): only hotadd:image= sources are attached")
             }
+            try source.checkImage(image)
             return image
         }
         let task = HotAddTask(stateDirectory: state.directory)
@@ -49,7 +53,7 @@ struct DetachCommand: ParsableCommand {
     @Flag(help: "All that diskgate has added.")
     var all = false
 
-    @Flag(help: "Also disks that somebody has open, who gets errors from then on.")
+    @Flag(help: "Also disks that are mounted or held by somebody, who gets errors from then on.")
     var force = false
 
     @OptionGroup var state: StateArguments
@@ -64,10 +68,16 @@ struct DetachCommand: ParsableCommand {
         let names = Set(
             disks.map { $0.hasPrefix("hotadd:serial=") ? String($0.dropFirst("hotadd:serial=".count)) : $0 })
         let known = try task.attachments()
+        // What a node's name means now, not what it meant when the disk came.
+        let serials = try Set(
+            names.filter { $0.hasPrefix("/dev/") }.compactMap { node in
+                try DiskInventory().disk(of: try Descriptor.open(node, O_RDONLY | O_NONBLOCK)).serial
+            })
         func isMeant(_ disk: HotAddAttachment) -> Bool {
-            all || !names.isDisjoint(with: [disk.serial, disk.id, disk.image, disk.node ?? disk.id])
+            all || serials.contains(disk.serial) || !names.isDisjoint(with: [disk.serial, disk.id, disk.image])
         }
-        for name in names where !known.contains(where: { [$0.serial, $0.id, $0.image, $0.node].contains(name) }) {
+        let plain = names.filter { !$0.hasPrefix("/dev/") }.union(serials)
+        for name in plain where !known.contains(where: { [$0.serial, $0.id, $0.image].contains(name) }) {
             throw BlockError(
                 .notFound, "detaching \(name): diskgate has added no such disk (diskgate doctor lists them)")
         }

@@ -42,5 +42,6 @@ extension BlockDevice {
             try body(UnsafeRawBufferPointer(piece))
             position += UInt64(count)
         }
+        try confirm()
     }
 }

@@ -153,12 +153,17 @@ public final class Copier: Sendable {
             _ = crew.wait(seconds: 2)
             crew.abandonWorkers()
         }
+        // Whoever takes the source's server down next must find no handshake under way: QEMU 7.2 waits for ever for
+        // the end of one over TLS, and its guest with it.
+        crew.waitForHelpers()
         failure = crew.error
         if failure == nil && cancellation.isCancelled {
             failure = BlockError(
                 .shutdown, "copying \(source.device.info.name) to \(target.name): it was told to stop")
         }
         if let failure {
+            // What was read of a disk that has gone elsewhere is in doubt, and is not to be gone on with.
+            if failure.kind == .changed { throw failure }
             // As much as possible is kept for going on later; what went wrong first is what counts.
             do throws(BlockError) { try makeDurable(&hasLost, checkpoint) } catch { throw failure }
             throw failure
@@ -210,6 +215,8 @@ public final class Copier: Sendable {
     private static func helpOut(_ crew: CopyCrew, _ source: CopySource) {
         var remote: NBDConnection?
         if let first = source.remote {
+            guard crew.beginHelping() else { return }
+            defer { crew.endHelping() }
             guard let another = try? first.another(seconds: 5) else { return }
             remote = another
         }

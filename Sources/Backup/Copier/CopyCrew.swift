@@ -51,6 +51,7 @@ final class CopyCrew: @unchecked Sendable {
     private var settled: UInt64 = 0
     private var workers = 0
     private var writers = 0
+    private var helpers = 0
     private var isAbandoned = false
     private var failure: BlockError?
     private var progress = CopyProgress()
@@ -289,12 +290,41 @@ final class CopyCrew: @unchecked Sendable {
     /// Why the copy has failed.
     var error: BlockError? { lock.withLock { failure } }
 
+    /// Whether there is nothing left to do for one more worker; the lock is held.
+    private var isOver: Bool { stop.isCancelled || failure != nil || (isPlanned && nextItem == queue.count) }
+
+    /// Somebody makes a connection for one more worker.
+    ///
+    /// - Returns: false when there is nothing left to do.
+    func beginHelping() -> Bool {
+        lock.withLock {
+            if isOver { return false }
+            helpers += 1
+            return true
+        }
+    }
+
+    /// The connection is made, or will not be.
+    func endHelping() {
+        lock.withLock {
+            helpers -= 1
+            changed.broadcast()
+        }
+    }
+
+    /// Waits until nobody is making a connection any more, which takes some seconds at most.
+    func waitForHelpers() {
+        lock.withLock {
+            while helpers > 0 { changed.wait(holding: lock) }
+        }
+    }
+
     /// A worker begins.
     ///
     /// - Returns: false when there is nothing left to do.
     func join() -> Bool {
         lock.withLock {
-            if stop.isCancelled || failure != nil || (isPlanned && nextItem == queue.count) { return false }
+            if isOver { return false }
             workers += 1
             progress.workers = max(progress.workers, workers)
             return true

@@ -27,7 +27,9 @@ final class RestoreTarget: CopyTarget {
     private let disk: DeviceTarget
     private let source: HashedDisk
     private let isDifferential: Bool
-    private let headIsGone = Locked(false)
+    private let headState = Locked(HeadState.untouched)
+
+    private enum HeadState { case untouched, changing, gone }
     private let written = Atomic<UInt64>(0)
     private let zeroed = Atomic<UInt64>(0)
     private let unchanged = Atomic<UInt64>(0)
@@ -52,7 +54,7 @@ final class RestoreTarget: CopyTarget {
     var bytesUnchanged: UInt64 { unchanged.load(ordering: .relaxed) }
 
     /// Whether something on the disk has been changed.
-    var isTouched: Bool { headIsGone.withLock { $0 } }
+    var isTouched: Bool { headState.withLock { $0 != .untouched } }
 
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError) {
         try forRuns(of: offset..<(offset + UInt64(bytes.count)), isRight: source.isRight) {
@@ -120,12 +122,13 @@ final class RestoreTarget: CopyTarget {
     /// Makes the beginning zeros, durably, before the first change.
     private func removeHead() throws(BlockError) {
         if head.isEmpty { return }
-        try headIsGone.withLock { (isGone) throws(BlockError) in
-            if isGone { return }
+        try headState.withLock { (state) throws(BlockError) in
+            if state == .gone { return }
+            state = .changing
             try disk.zero(head)
             try disk.flush()
             Step.reached("restore.head-removed")
-            isGone = true
+            state = .gone
         }
     }
 

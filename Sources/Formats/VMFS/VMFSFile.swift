@@ -74,6 +74,8 @@ public final class VMFSFile: BlockDevice {
         info.identity = [
             ("datastore", volume.label), ("vmfs", volume.uuid.description), ("path", path),
             ("lun", volume.members.map(\.device.info.name).joined(separator: ", ")),
+            // Another file of this name has another; whoever goes on with a copy has to know.
+            ("version", "\(fingerprint.address)-\(fingerprint.generation)-\(fingerprint.layout)"),
         ]
         self.info = info
         token = Atomic(lock.token)

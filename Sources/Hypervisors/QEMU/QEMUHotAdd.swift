@@ -163,7 +163,7 @@ final class QEMUHotAdd: HotAddController {
             switch try monitor.attempt("blockdev-del", ["node-name": .text(id)]) {
             case .success: return
             case .failure(let refusal):
-                if refusal.description.contains("Failed to find node") || refusal.kind == "DeviceNotFound" { return }
+                if refusal.description.contains("find node") || refusal.kind == "DeviceNotFound" { return }
                 if monotonicSeconds() > end { throw BlockError(.invalid, "\(doing): \(refusal.description)") }
                 usleep(50_000)
             }

@@ -40,8 +40,12 @@ public struct DiskWatch {
             return
         }
         let end = monotonicSeconds() + seconds
-        while case .event(let event)? = try? events.next(seconds: max(0, end - monotonicSeconds())) {
-            if event.values["SUBSYSTEM"] == "block" { return }
+        while true {
+            guard let answer = try? events.next(seconds: max(0, end - monotonicSeconds())) else {
+                usleep(50_000)
+                return
+            }
+            guard case .event(let event) = answer, event.values["SUBSYSTEM"] != "block" else { return }
         }
     }
 }

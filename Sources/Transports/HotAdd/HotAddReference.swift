@@ -1,5 +1,5 @@
 // hotadd: sources taken apart: a disk that is there, or what has to be added first.
-import Block
+public import Block
 public import LinuxIO
 
 /// What `hotadd:` names.
@@ -28,6 +28,19 @@ public struct HotAddImage: Sendable, Equatable {
 }
 
 extension SourceReference {
+    /// Refuses parameters that mean nothing for an image that is to be added, and formats that were forgotten.
+    ///
+    /// - Throws: `.invalid`.
+    public func checkImage(_ image: HotAddImage) throws(BlockError) {
+        try allow(["controller", "format"])
+        let containers = [".qcow2", ".vmdk", ".vdi", ".vhdx", ".qed"]
+        if parameter("format") == nil, containers.contains(where: { image.path.hasSuffix($0) }) {
+            throw BlockError(
+                .invalid,
+                "opening \(self): its name says that it is no raw disk; add &format=qcow2, or &format=raw if it is one")
+        }
+    }
+
     /// Takes what stands behind `hotadd:` apart.
     ///
     /// - Parameter value: the part behind the equals sign, decoded.

@@ -90,11 +90,15 @@ public struct HotAddTask: Sendable {
             }
             return (disks, ledger)
         } catch {
+            var problem = error
             for obligation in obligations.reversed() {
-                if (try? giveBack(obligation, force: true, controller)) != nil { try? ledger.settle(obligation) }
+                do throws(BlockError) {
+                    try giveBack(obligation, force: true, controller)
+                    try ledger.settle(obligation)
+                } catch { problem = problem.followed(by: error) }
             }
             try? ledger.end()
-            throw error
+            throw problem
         }
     }
 
@@ -210,13 +214,16 @@ public struct HotAddTask: Sendable {
 
     private func letGo(of disk: AttachedDisk, force: Bool) throws(BlockError) {
         let doing = "taking \(disk.node) off"
+        var claim: Descriptor?
         if !force {
             var options = RawOptions()
             options.isExclusive = true
-            do throws(BlockError) { _ = try BlockNodeDevice.openNode(disk.node, options) } catch {
+            do throws(BlockError) { claim = try BlockNodeDevice.openNode(disk.node, options) } catch {
                 if error.kind != .notFound { throw error.during(doing) }
             }
         }
+        // Nobody can mount it until it is gone.
+        defer { withExtendedLifetime(claim) {} }
         try SCSIHosts().remove(disk)
         let isGone = try DiskWatch().wait(seconds: Self.waits.going) { disks in
             disks.contains { $0.name == disk.name && $0.diskSequence == disk.diskSequence } ? nil : true

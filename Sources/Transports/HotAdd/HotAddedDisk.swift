@@ -30,15 +30,21 @@ struct HotAddedDisk {
         if result < 0 { throw BlockError(errno: -result, "\(doing): dropping what is cached of \(disk.node)") }
         if isWritable || disk.isReadOnly { return try BlockNodeDevice(node, name: disk.node, options) }
         let ledger = try Self.note(disk)
-        return HeldDevice(try BlockNodeDevice(node, name: disk.node, options)) {
+        let forget: @Sendable () -> Void = {
             for obligation in ledger.obligations { try? ledger.settle(obligation) }
             try? ledger.end()
+        }
+        do throws(BlockError) {
+            return HeldDevice(try BlockNodeDevice(node, name: disk.node, options), whenClosed: forget)
+        } catch {
+            forget()
+            throw error
         }
     }
 
     /// Adds an image to this proxy for as long as it is open.
     ///
-    /// - Throws: `BlockError`; nothing stays added then.
+    /// - Throws: `BlockError`, which says so if the disk stays added.
     static func open(_ image: HotAddImage, isWritable: Bool) throws(BlockError) -> any BlockDevice {
         let task = HotAddTask()
         let (disks, ledger) = try task.attach([image], isWritable: isWritable, isByHand: false)
@@ -53,8 +59,13 @@ struct HotAddedDisk {
                 }
             }
         } catch {
-            try? task.release(ledger)
-            throw error
+            let reason = error
+            do throws(BlockError) { try task.release(ledger) } catch {
+                // Perhaps the machine's own volume manager was faster.
+                throw reason.followed(
+                    by: error.during("it stays added; diskgate doctor lists it, diskgate detach --force takes it off"))
+            }
+            throw reason
         }
     }
 
@@ -125,12 +136,12 @@ extension Obligation {
     public func makeNodeWritable() throws(BlockError) {
         guard let path = details["node"] else { return }
         let file: Descriptor
-        do throws(BlockError) { file = try Descriptor.open(path, O_RDONLY | O_NONBLOCK) } catch {
+        do throws(BlockError) { file = try Descriptor.open(path, O_RDONLY | O_NONBLOCK | O_EXCL) } catch {
             if error.kind == .notFound { return }
             throw error
         }
         guard let disk = try? DiskInventory().disk(of: file),
-            disk.diskSequence.map(String.init) == details["diskseq"], disk.wwid ?? "" == details["wwn"]
+            disk.diskSequence.map(String.init) ?? "" == details["diskseq"], disk.wwid ?? "" == details["wwn"]
         else { return }
         let result = dg_block_make_writable(file.number)
         if result < 0 { throw BlockError(errno: -result, "making \(path) writable again (BLKROSET)") }
