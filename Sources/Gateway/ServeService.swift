@@ -91,16 +91,14 @@ public struct ServeService {
             left, served in
             if exitsWithLast && left == 0 && served > 0 { signalEvent(event) }
         }
+        // Threads that end with the process hold the server; what was attached for a disk has to be given back now.
+        defer { registry.removeAll() }
         let status: Int32
         do throws(BlockError) { status = try serve(server) } catch {
             _ = snapshots.closeAll(server)
-            registry.removeAll()
             throw error
         }
-        let isStored = snapshots.closeAll(server)
-        // Threads that end with the process hold the server; what was attached for a disk has to be given back now.
-        registry.removeAll()
-        return isStored || status != 0 ? status : 1
+        return snapshots.closeAll(server) || status != 0 ? status : 1
     }
 
     private func serve(_ server: Server) throws(BlockError) -> Int32 {

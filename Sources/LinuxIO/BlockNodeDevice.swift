@@ -39,6 +39,7 @@ public final class BlockNodeDevice: BlockDevice {
     }
 
     /// A device over an open block node, which it keeps open.
+    ///
     /// - Throws: `BlockError`: it is no block node, tells no size, or cannot be had as the options ask.
     public init(_ node: Descriptor, name: String, _ options: RawOptions) throws(BlockError) {
         let status = try node.status()

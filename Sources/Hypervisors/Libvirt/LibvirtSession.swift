@@ -44,31 +44,12 @@ final class LibvirtSession: OfferingSession {
 }
 
 /// Gives back what obligations of kinds `libvirt.*` stand for, in any state and as often as one likes.
-struct LibvirtRelease {
+struct LibvirtRelease: SnapshotRelease {
     private let place: LibvirtPlace
     /// Seconds that libvirt has to end a backup.
     private static let endSeconds = 60.0
 
     init(_ place: LibvirtPlace) { self.place = place }
-
-    /// Gives back all that a run has made, the last first, and strikes it out.
-    ///
-    /// - Throws: the first error; what could not be given back stays in the ledger. As long as the backup may go on, so
-    ///   do its checkpoint and its directories.
-    func settleAll(_ obligations: [Obligation], of ledger: RunLedger, adopted: Bool) throws(BlockError) {
-        var failure: BlockError?
-        var left: [Obligation] = []
-        for obligation in obligations.reversed() where !left.contains(where: { $0.holdsBack(obligation) }) {
-            do throws(BlockError) {
-                try settle(obligation, adopted: adopted)
-                try ledger.settle(obligation)
-            } catch {
-                failure = failure ?? error
-                left.append(obligation)
-            }
-        }
-        if let failure { throw failure }
-    }
 
     /// Gives back what one obligation stands for.
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {

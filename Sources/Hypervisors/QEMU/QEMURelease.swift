@@ -6,7 +6,7 @@ import Transports
 
 /// Gives back what obligations of kinds `qemu.*` stand for. Each may be given back twice, and in any state: what is
 /// gone is success. Used by one thread.
-final class QEMURelease {
+final class QEMURelease: SnapshotRelease {
     private let place: QEMUPlace
     private var monitor: QMPClient?
     /// The QEMU of the obligation that is given back; nil where it does not say.
@@ -45,24 +45,6 @@ final class QEMURelease {
     func close() {
         monitor?.close()
         monitor = nil
-    }
-
-    /// Gives back all that a run has made, the last first, and strikes it out.
-    ///
-    /// - Throws: the first error; what could not be given back stays in the ledger, and the directories that it needs.
-    func settleAll(_ obligations: [Obligation], of ledger: RunLedger, adopted: Bool) throws(BlockError) {
-        var failure: BlockError?
-        var left: [Obligation] = []
-        for obligation in obligations.reversed() where !left.contains(where: { $0.holdsBack(obligation) }) {
-            do throws(BlockError) {
-                try settle(obligation, adopted: adopted)
-                try ledger.settle(obligation)
-            } catch {
-                failure = failure ?? error
-                left.append(obligation)
-            }
-        }
-        if let failure { throw failure }
     }
 
     /// Gives back what one obligation stands for.

@@ -162,15 +162,10 @@ public struct HotAddTask: Sendable {
         var gone: [HotAddAttachment] = []
         var failure: BlockError?
         for ledger in try RunLedger.takeAbandoned(stateDirectory: stateDirectory).ledgers {
-            for obligation in ledger.obligations.reversed() where obligation.kind == Self.kind {
-                let attachment = HotAddAttachment(obligation, [:])
-                guard isMeant(attachment) else { continue }
-                do throws(BlockError) {
-                    try giveBack(obligation, force: force)
-                    try ledger.settle(obligation)
-                    gone.append(attachment)
-                } catch { failure = failure ?? error }
-            }
+            let meant = ledger.obligations.filter { $0.kind == Self.kind && isMeant(HotAddAttachment($0, [:])) }
+            let (settled, problem) = giveBack(meant, of: ledger, force: force)
+            gone += settled.map { HotAddAttachment($0, [:]) }
+            failure = failure ?? problem
             try ledger.end()
         }
         if let failure { throw failure }
@@ -179,15 +174,27 @@ public struct HotAddTask: Sendable {
 
     /// Gives back what a task has added, and strikes it out.
     func release(_ ledger: RunLedger) throws(BlockError) {
-        var failure: BlockError?
-        for obligation in ledger.obligations.reversed() where obligation.kind == Self.kind {
-            do throws(BlockError) {
-                try giveBack(obligation, force: false)
-                try ledger.settle(obligation)
-            } catch { failure = failure ?? error }
-        }
+        let failure = giveBack(ledger.obligations.filter { $0.kind == Self.kind }, of: ledger, force: false).failure
         try ledger.end()
         if let failure { throw failure }
+    }
+
+    /// Takes disks of a ledger off, the last first, and strikes them out.
+    ///
+    /// - Returns: those that are gone, and why the first of the others is not.
+    private func giveBack(_ obligations: [Obligation], of ledger: RunLedger, force: Bool) -> (
+        settled: [Obligation], failure: BlockError?
+    ) {
+        var settled: [Obligation] = []
+        var failure: BlockError?
+        for obligation in obligations.reversed() {
+            do throws(BlockError) {
+                try giveBack(obligation, force: force)
+                try ledger.settle(obligation)
+                settled.append(obligation)
+            } catch { failure = failure ?? error }
+        }
+        return (settled, failure)
     }
 
     /// Takes a disk off: the kernel lets go of it first, and only then the hypervisor.
