@@ -25,7 +25,7 @@ public final class DeviceTarget: CopyTarget {
     ///
     /// - Parameters:
     ///   - readsAsZeros: whether the disk is new, so that all of it reads as zeros.
-    ///   - isDurable: whether all of it is to be on the storage in the end; if not, it stays in memory as long as it may.
+    ///   - isDurable: whether all of it is to be on the storage in the end; if not, it stays in memory while it may.
     public init(_ device: any BlockDevice, readsAsZeros: Bool = false, isDurable: Bool = true) {
         self.device = device
         self.readsAsZeros = readsAsZeros
