@@ -154,6 +154,12 @@ struct ServeCommand: ParsableCommand {
     private func request() throws -> ServeRequest {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
+        for source in try sources.map({ try disk($0).source }) {
+            guard case .hotAdd = source.kind else { continue }
+            // A server waits for its end by itself, once it is one.
+            if stdio { try giveBackOnSignals(source) } else { blockEndingSignals() }
+            break
+        }
         for (index, source) in sources.enumerated() {
             let device: any BlockDevice
             if let checkpoints {
