@@ -50,7 +50,8 @@ public final class RestoreDestination: Sendable {
         }
         guard case .path(let path) = reference.kind else {
             guard case .nbd = reference.kind else {
-                throw BlockError(.invalid, "restoring to \(text): give a file, a block device, hotadd: or an NBD export")
+                throw BlockError(
+                    .invalid, "restoring to \(text): give a file, a block device, a hotadd: disk or an NBD export")
             }
             var disk = DiskSpecification(reference)
             disk.access = .writable
