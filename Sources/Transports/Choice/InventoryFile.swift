@@ -68,7 +68,9 @@ public func explained(_ error: DecodingError) -> String {
     switch error {
     case .keyNotFound(let key, let context): return "\(key.stringValue) is missing\(place(context))"
     case .typeMismatch(_, let context), .valueNotFound(_, let context), .dataCorrupted(let context):
-        return "\(context.debugDescription)\(place(context))"
+        // What is wrong with a figure is said one level deeper.
+        let cause = context.underlyingError.map { " (\($0))" } ?? ""
+        return "\(context.debugDescription)\(place(context))\(cause)"
     @unknown default: return "\(error)"
     }
 }
