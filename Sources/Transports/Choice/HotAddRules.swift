@@ -22,7 +22,7 @@ extension TransportRules {
             id == machine.id
                 ? Finding(
                     "hotadd.not-itself", .excluded,
-                    "\(machine.title) is this proxy: its disks are attached to it already",
+                    "\(machine.title) is this proxy: its disks hang on it already",
                     remedy: "let another proxy back this one up") : nil,
             powerFinding(proxy), placeFinding(proxy, disk, machine), hostFinding(proxy, disk, machine),
             controllerFinding(disk), slotFinding(proxy, usage), accessibility(.hotadd, disk),
@@ -31,8 +31,8 @@ extension TransportRules {
             proxy.hasDiskUUIDs == false
                 ? Finding(
                     "hotadd.disk-names", .warning,
-                    "the proxy's disks do not tell the names that the hypervisor knows them by: they are found by their "
-                        + "SCSI addresses", remedy: "set disk.enableUUID=TRUE on the proxy") : nil,
+                    "the proxy's disks do not tell the names that the hypervisor knows them by: they are found by "
+                        + "their SCSI addresses", remedy: "set disk.enableUUID=TRUE on the proxy") : nil,
         ] + sizeFindings(proxy, disk)
     }
 
@@ -199,8 +199,8 @@ extension TransportRules {
             "the proxy on \(proxy.host ?? "an unknown host"), the machine on \(machine.host ?? "an unknown one")"
         return Finding(
             "hotadd.nfs-hosts", isAllowed ? .warning : .excluded,
-            "\(nfs.name) is an NFS datastore and \(places): when the disk is taken off, the machine can stand still for "
-                + "up to minutes",
+            "\(nfs.name) is an NFS datastore and \(places): when the disk is taken off, the machine can stand "
+                + "still for up to minutes",
             remedy: "use a proxy on the machine's own host, or nbdssl")
     }
 
@@ -221,8 +221,8 @@ extension TransportRules {
             if let version, !(version < HostVersion([7])) { continue }
             return Finding(
                 rule, .warning,
-                "the proxy lies on the vSAN datastore \(name) and the disk on \(datastore.name): hosts before 7.0 do not "
-                    + "add its snapshots in the format seSparse",
+                "the proxy lies on the vSAN datastore \(name) and the disk on \(datastore.name): hosts before 7.0 do "
+                    + "not add its snapshots in the format seSparse",
                 remedy: "use a proxy that does not lie on vSAN, or nbdssl")
         }
         return nil

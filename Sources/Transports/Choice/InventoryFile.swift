@@ -68,9 +68,10 @@ public func explained(_ error: DecodingError) -> String {
     switch error {
     case .keyNotFound(let key, let context): return "\(key.stringValue) is missing\(place(context))"
     case .typeMismatch(_, let context), .valueNotFound(_, let context), .dataCorrupted(let context):
-        // What is wrong with a figure is said one level deeper.
-        let cause = context.underlyingError.map { " (\($0))" } ?? ""
-        return "\(context.debugDescription)\(place(context))\(cause)"
+        // The decoder says the same of text that is no JSON and of figures that do not fit, and not where.
+        let isVague = context.codingPath.isEmpty && context.debugDescription.contains("not valid JSON")
+        let doubt = isVague ? " Or one of its figures is negative, too large, or no whole number." : ""
+        return "\(context.debugDescription)\(place(context))\(doubt)"
     @unknown default: return "\(error)"
     }
 }

@@ -63,15 +63,16 @@ public struct MachineCheck: Codable, Sendable, Equatable {
                     "san.luns", .excluded,
                     facts.luns.isEmpty
                         ? "this machine sees no SCSI disk"
-                        : "none of the \(facts.luns.count) SCSI disks that this machine sees has a worldwide name and is not "
-                            + "in use by itself",
+                        : "none of the \(facts.luns.count) SCSI disks that this machine sees has a worldwide name and is "
+                            + "not in use by itself",
                     remedy: "let the storage present LUNs to this machine (zoning, LUN masking, iSCSI login)"))
         } else {
             let names = Set(units.compactMap(\.names.first)).sorted()
             findings.append(
                 Finding(
                     "san.luns", .ok,
-                    "\(names.count) LUN\(names.count == 1 ? " is" : "s are") seen: \(names.prefix(3).joined(separator: ", "))"
+                    "\(names.count) LUN\(names.count == 1 ? " is" : "s are") seen: "
+                        + names.prefix(3).joined(separator: ", ")
                         + (names.count > 3 ? " and \(names.count - 3) more" : "")))
         }
         let loose = Dictionary(grouping: units.filter { $0.multipath == nil }, by: { $0.names[0] }).filter {
@@ -81,8 +82,8 @@ public struct MachineCheck: Codable, Sendable, Equatable {
             findings.append(
                 Finding(
                     "san.multipath", .warning,
-                    "\(name) is there \(paths.count) times (\(paths.map(\.node).joined(separator: ", "))), and multipath has "
-                        + "not joined its paths: it is refused by name",
+                    "\(name) is there \(paths.count) times (\(paths.map(\.node).joined(separator: ", "))), and multipath "
+                        + "has not joined its paths: it is refused by name",
                     remedy: "set multipath up for it (Debian: multipath-tools), or name one path by its hctl="))
         }
         if !facts.mayOpenAll {
@@ -98,12 +99,12 @@ public struct MachineCheck: Codable, Sendable, Equatable {
     private static func hotAdd(_ facts: MachineFacts) -> [Finding?] {
         let adapters = facts.adapters.filter { addingDrivers.contains($0.driver) }
         let names = adapters.map { "host\($0.number) (\($0.driver))" }.joined(separator: ", ")
+        let drivers = Set(facts.adapters.map(\.driver)).sorted().joined(separator: ", ")
         return [
             adapters.isEmpty
                 ? Finding(
                     "hotadd.adapters", .excluded,
-                    "this machine has no SCSI adapter that disks are added to (it has "
-                        + "\(facts.adapters.isEmpty ? "none" : Set(facts.adapters.map(\.driver)).sorted().joined(separator: ", ")))",
+                    "this machine has no SCSI adapter that disks are added to (it has \(drivers.isEmpty ? "none" : drivers))",
                     remedy: "add a PVSCSI or virtio-scsi adapter to this virtual machine")
                 : Finding("hotadd.adapters", .ok, "disks can be added to \(names)"),
             facts.mayAdminister
