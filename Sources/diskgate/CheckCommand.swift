@@ -10,10 +10,10 @@ struct CheckCommand: ParsableCommand {
         commandName: "check",
         abstract: "Tell which transports can be used, and what the others need.",
         discussion: """
-            Without --inventory it checks this machine. With one, each disk of its machines: which transport it would be \
-            read over, and why not over those that are wanted more. Exit status: 0 every disk can be read over the first \
-            transport, 3 over another, 1 when there is none for a disk. Without --transports and --inventory: 0 when any \
-            transport works.
+            Without --inventory it checks this machine. With one, each disk of its machines: which transport it would \
+            be read over, and why not over those that are wanted more. Exit status: 0 every disk can be read over the \
+            first transport, 3 over another, 1 when there is none for a disk. Without --transports and --inventory: 0 \
+            when any transport works.
             """)
 
     @Option(help: ArgumentHelp("What is known of the site, as JSON (see Docs/Transports.md).", valueName: "file"))

@@ -30,7 +30,8 @@ private func storedAndRead<Value: Codable>(_ value: Value) throws -> Value {
             {"future": {"deep": [1, 2]}, "datastores": [{"name": "a", "type": "zfs-9", "colour": "red"}],
              "hosts": [{"name": "h", "kind": "cray"}],
              "machines": [{"id": "m", "power": "dreaming", "disks": [
-                {"key": "vda", "controller": "holographic", "sharing": "maybe", "rawMapping": "half", "busSharing": ""}]}]}
+                {"key": "vda", "controller": "holographic", "sharing": "maybe", "rawMapping": "half",
+                 "busSharing": ""}]}]}
             """)
         #expect(site.datastores[0].type == .unknown && site.hosts[0].kind == .unknown)
         #expect(site.machine.power == .unknown && site.disk.controller == .unknown && site.disk.sharing == .unknown)

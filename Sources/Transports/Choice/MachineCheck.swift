@@ -63,8 +63,8 @@ public struct MachineCheck: Codable, Sendable, Equatable {
                     "san.luns", .excluded,
                     facts.luns.isEmpty
                         ? "this machine sees no SCSI disk"
-                        : "none of the \(facts.luns.count) SCSI disks that this machine sees has a worldwide name and is "
-                            + "not in use by itself",
+                        : "none of the \(facts.luns.count) SCSI disks that this machine sees has a worldwide name "
+                            + "and is not in use by itself",
                     remedy: "let the storage present LUNs to this machine (zoning, LUN masking, iSCSI login)"))
         } else {
             let names = Set(units.compactMap(\.names.first)).sorted()
@@ -82,8 +82,8 @@ public struct MachineCheck: Codable, Sendable, Equatable {
             findings.append(
                 Finding(
                     "san.multipath", .warning,
-                    "\(name) is there \(paths.count) times (\(paths.map(\.node).joined(separator: ", "))), and multipath "
-                        + "has not joined its paths: it is refused by name",
+                    "\(name) is there \(paths.count) times (\(paths.map(\.node).joined(separator: ", "))), and "
+                        + "multipath has not joined its paths: it is refused by name",
                     remedy: "set multipath up for it (Debian: multipath-tools), or name one path by its hctl="))
         }
         if !facts.mayOpenAll {
@@ -104,7 +104,8 @@ public struct MachineCheck: Codable, Sendable, Equatable {
             adapters.isEmpty
                 ? Finding(
                     "hotadd.adapters", .excluded,
-                    "this machine has no SCSI adapter that disks are added to (it has \(drivers.isEmpty ? "none" : drivers))",
+                    "this machine has no SCSI adapter that disks are added to (it has "
+                        + "\(drivers.isEmpty ? "none" : drivers))",
                     remedy: "add a PVSCSI or virtio-scsi adapter to this virtual machine")
                 : Finding("hotadd.adapters", .ok, "disks can be added to \(names)"),
             facts.mayAdminister

@@ -99,8 +99,8 @@ public struct ProxyChoice: Sendable {
         }
         if datastores.isEmpty { return "the datastores of the machine's SCSI disks are not known" }
         guard let host = proxy.host, hosts.contains(host) else {
-            return
-                "its host \(proxy.host ?? "is not known, and") does not mount all of \(datastores.joined(separator: ", "))"
+            let all = datastores.joined(separator: ", ")
+            return "its host \(proxy.host ?? "is not known, and") does not mount all of \(all)"
         }
         if machine.isEncrypted == true && proxy.isEncrypted != true { return "the machine is encrypted, and it is not" }
         guard let slots = ProxySlots(proxy) else { return "its SCSI adapters are not known" }

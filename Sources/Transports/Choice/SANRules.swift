@@ -88,8 +88,8 @@ extension TransportRules {
         }
         return Finding(
             rule, .excluded,
-            "\(hidden.count) of \(extents.count) LUNs of \(datastore.name) \(hidden.count == 1 ? "is" : "are") not seen by "
-                + "this proxy: \(listed(hidden))",
+            "\(hidden.count) of \(extents.count) LUNs of \(datastore.name) "
+                + "\(hidden.count == 1 ? "is" : "are") not seen by this proxy: \(listed(hidden))",
             remedy: "let the storage present them to this proxy (zoning, LUN masking, iSCSI login), then rescan")
     }
 

@@ -18,8 +18,8 @@ public struct SessionLimit: Sendable, Equatable {
 
     /// Every open disk is a session: each that a copy or a clone opens counts, and none can be shared.
     ///
-    /// ESX 3.5: 9, through a manager 27. 4.x: 11 and 23. 5.x: 32 MiB of buffers and from 6.x on 48 MiB for all sessions,
-    /// each with 1 MiB. A manager has 52 for all of its hosts from 5.x on.
+    /// ESX 3.5: 9, through a manager 27. 4.x: 11 and 23. 5.x: 32 MiB of buffers and from 6.x on 48 MiB for all
+    /// sessions, each with 1 MiB. A manager has 52 for all of its hosts from 5.x on.
     private static let table: [(major: Int, direct: Int, managed: Int, ofManager: Int?)] = [
         (3, 9, 27, nil), (4, 11, 23, nil), (5, 32, 32, 52), (6, 48, 48, 52),
     ]

@@ -39,8 +39,8 @@ extension DiskSpecification {
                 candidates[index].findings.append(
                     Finding(
                         "nbd.clear-text", .excluded,
-                        "not tried: \(unproven) could not prove who it is, and whoever is between would be read in clear "
-                            + "text"))
+                        "not tried: \(unproven) could not prove who it is, and whoever is between would be read in "
+                            + "clear text"))
                 continue
             }
             do throws(BlockError) {
@@ -50,8 +50,8 @@ extension DiskSpecification {
                 if let size, size.bytes != found.info.size {
                     throw BlockError(
                         .invalid,
-                        "opening \(source): it has \(found.info.size) bytes, and \(size.name) has \(size.bytes): they are "
-                            + "not the same disk")
+                        "opening \(source): it has \(found.info.size) bytes, and \(size.name) has \(size.bytes): they "
+                            + "are not the same disk")
                 }
                 size = size ?? (found.info.size, name)
                 try found.readEnds()

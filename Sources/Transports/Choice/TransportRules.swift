@@ -17,8 +17,8 @@ public struct TransportRules: Sendable {
 
     /// What is known of the site.
     public let inventory: Inventory
-    /// Whether a snapshot of the machine will be there when its disks are read, as in a backup. Otherwise it counts what
-    /// the inventory says of snapshots.
+    /// Whether a snapshot of the machine will be there when its disks are read, as in a backup. Otherwise it counts
+    /// what the inventory says of snapshots.
     public let takesSnapshot: Bool
     /// Why a file cannot be read by this process; nil when it can.
     public let obstacle: @Sendable (_ path: String) -> String?
