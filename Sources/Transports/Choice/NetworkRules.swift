@@ -74,7 +74,7 @@ extension TransportRules {
             if libraries.contains("vddk") { return Finding(rule, .ok, "the VDDK library is here") }
             return Finding(
                 rule, .excluded, "\(host.name) is an ESX host, which takes VMware's VDDK library, and that is not here",
-                remedy: "install the VDDK library")
+                remedy: "install it with nbdkit's vddk plugin, and name the disk nbd+command:nbdkit -s vddk ...")
         }
         guard transport == .nbdssl, let libraries else { return nil }
         if libraries.contains("openssl") { return Finding(rule, .ok, "OpenSSL is here") }
@@ -115,7 +115,9 @@ extension TransportRules {
             return findings + [
                 Finding(
                     "file.path", .excluded, "no path of this machine leads to it (\(place) is not mounted here)",
-                    remedy: "mount the NFS export here, too, and say where (mount of the datastore)")
+                    remedy: known.contains { $0.type != .nfs && $0.type != nil && $0.type != .unknown }
+                        ? "use another transport: only what is mounted here can be read so"
+                        : "mount the NFS export here, too, and say where (mount of the datastore)")
             ]
         }
         if let why = obstacle(path) {
