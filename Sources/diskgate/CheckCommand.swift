@@ -61,10 +61,9 @@ struct CheckCommand: ParsableCommand {
         let attempt: TransportPlan.Attempt = { (source, machine) throws(BlockError) in
             try open(source, of: machine, in: site, sessions)
         }
-        var plans: [Plan] = []
-        for machine in machines {
-            let plan = try TransportPlan.current(rules, order: order, sessions: sessions)
-            plans.append(Plan(machine, plan.choices(for: machine, trying: tries ? attempt : nil), in: site))
+        let plan = try TransportPlan.current(rules, order: order, sessions: sessions)
+        let plans = machines.map { machine in
+            Plan(machine, plan.choices(for: machine, trying: tries ? attempt : nil), in: site)
         }
         if report.json { try printJSON(plans) } else { for plan in plans { show(plan) } }
         let choices = plans.flatMap(\.disks).map(\.choice)
