@@ -41,6 +41,22 @@ private func storedAndRead<Value: Codable>(_ value: Value) throws -> Value {
         }
     }
 
+    @Test func hypervisorsOwnWordsAreUnderstood() throws {
+        let site = try inventory(
+            """
+            {"datastores": [{"name": "a", "type": "NFS41"}, {"name": "b", "type": "VMFS"},
+              {"name": "c", "type": "VMFS-6"}],
+             "machines": [{"id": "m", "power": "poweredOn", "disks": [
+                {"key": 1, "controller": "ParaVirtualSCSIController", "sharing": "sharingMultiWriter",
+                 "rawMapping": "physicalMode", "busSharing": "noSharing"},
+                {"key": 2, "controller": "VirtualAHCIController"}]}]}
+            """)
+        #expect(site.datastores.map(\.type) == [.nfs, .vmfs, .vmfs6] && site.machine.power == .on)
+        #expect(site.disk.controller == .pvscsi && site.disk.sharing == .multiwriter)
+        #expect(site.disk.rawMapping == .physical && site.disk.busSharing == Inventory.BusSharing.none)
+        #expect(site.machine.disks[1].controller == .sata)
+    }
+
     @Test(arguments: [
         ("", "a test"), ("[]", "a test"), ("{", "a test"),
         (#"{"machines": [{"disks": []}]}"#, "id is missing at machines.[0]"),

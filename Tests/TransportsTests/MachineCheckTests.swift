@@ -61,6 +61,7 @@ import Transports
             ("iscsi", .excluded, "libiscsi", { $0.libiscsi = nil }),
             ("mount", .excluded, "module nbd", { $0.hasKernelNBD = false }),
             ("mount", .excluded, "nbd-client", { $0.hasNBDClient = false }),
+            ("mount", .excluded, "only root", { $0.mayAdminister = false }),
         ]
         for (name, verdict, word, change) in cases {
             let found = try ability(name, change)

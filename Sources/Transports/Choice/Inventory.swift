@@ -4,12 +4,17 @@
 public protocol InventoryWord: RawRepresentable, Codable, Sendable, Equatable where RawValue == String {
     /// What words that are not known are taken for.
     static var unknown: Self { get }
+    /// What hypervisors call the same, in lower case.
+    static var synonyms: [String: Self] { get }
 }
 
 extension InventoryWord {
+    public static var synonyms: [String: Self] { [:] }
+
     public init(from decoder: any Decoder) throws {
         let word = try decoder.singleValueContainer().decode(String.self).lowercased()
-        self = Self(rawValue: word.filter { $0 != "-" && $0 != "_" && $0 != " " }) ?? .unknown
+            .filter { $0 != "-" && $0 != "_" && $0 != " " && $0 != "." }
+        self = Self(rawValue: word) ?? Self.synonyms[word] ?? .unknown
     }
 
     public func encode(to encoder: any Encoder) throws {
@@ -55,6 +60,15 @@ extension Inventory {
     public enum ControllerKind: String, InventoryWord {
         case pvscsi, lsilogic, lsisas, buslogic, virtioscsi, scsi, ide, sata, nvme, virtioblk, usb, unknown
 
+        public static var synonyms: [String: Self] {
+            [
+                "paravirtualscsicontroller": .pvscsi, "virtuallsilogiccontroller": .lsilogic, "lsilogicsas": .lsisas,
+                "virtuallsilogicsascontroller": .lsisas, "virtualbuslogiccontroller": .buslogic,
+                "virtualidecontroller": .ide, "ahci": .sata, "virtualahcicontroller": .sata,
+                "virtualnvmecontroller": .nvme, "virtio": .virtioblk,
+            ]
+        }
+
         /// Whether disks on it are SCSI disks; nil where that is not known.
         public var isSCSI: Bool? {
             switch self {
@@ -89,6 +103,10 @@ extension Inventory {
     /// Whether machines share an adapter.
     public enum BusSharing: String, InventoryWord {
         case none, virtual, physical, unknown
+
+        public static var synonyms: [String: Self] {
+            ["nosharing": .none, "virtualsharing": .virtual, "physicalsharing": .physical]
+        }
     }
 
     /// A machine that runs diskgate.
@@ -124,6 +142,10 @@ extension Inventory {
     /// Whether a machine runs.
     public enum Power: String, InventoryWord {
         case on, off, suspended, unknown
+
+        public static var synonyms: [String: Self] {
+            ["poweredon": .on, "running": .on, "poweredoff": .off, "shutoff": .off]
+        }
     }
 
     /// What kind of hypervisor a host is.
@@ -154,10 +176,13 @@ extension Inventory {
 
     /// What kind of file system a datastore is.
     public enum DatastoreType: String, InventoryWord {
-        case vmfs3, vmfs5, vmfs6, nfs, vsan, vvol, local, unknown
+        /// `vmfs` is one whose version is not known.
+        case vmfs, vmfs3, vmfs5, vmfs6, nfs, vsan, vvol, local, unknown
+
+        public static var synonyms: [String: Self] { ["nfs3": .nfs, "nfs4": .nfs, "nfs41": .nfs] }
 
         /// Whether it is a file system on LUNs that our reader knows.
-        public var isVMFS: Bool { self == .vmfs3 || self == .vmfs5 || self == .vmfs6 }
+        public var isVMFS: Bool { [.vmfs, .vmfs3, .vmfs5, .vmfs6].contains(self) }
     }
 
     /// A datastore.
@@ -194,11 +219,15 @@ extension Inventory {
     /// Whether several machines may write to a disk.
     public enum Sharing: String, InventoryWord {
         case none, multiwriter, unknown
+
+        public static var synonyms: [String: Self] { ["sharingnone": .none, "sharingmultiwriter": .multiwriter] }
     }
 
     /// Whether a disk is a LUN of its own.
     public enum RawMapping: String, InventoryWord {
         case none, virtual, physical, unknown
+
+        public static var synonyms: [String: Self] { ["virtualmode": .virtual, "physicalmode": .physical] }
     }
 
     /// A disk of a virtual machine.

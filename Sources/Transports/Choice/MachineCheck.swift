@@ -149,6 +149,10 @@ public struct MachineCheck: Codable, Sendable, Equatable {
 
     private static func mount(_ facts: MachineFacts) -> Finding {
         if facts.hasKernelNBD && facts.hasNBDClient {
+            if !facts.mayAdminister {
+                return Finding(
+                    "mount.rights", .excluded, "only root may mount", remedy: "run diskgate mount as root")
+            }
             return Finding("mount.kernel-client", .ok, "the kernel has an NBD client, and nbd-client is there")
         }
         return Finding(

@@ -103,7 +103,7 @@ public struct MachineFacts: Sendable {
             return true
         }
         facts.kernelSessions = ((try? namesInDirectory("\(sysfs)/class/iscsi_session")) ?? []).count
-        facts.hasKernelNBD = hasModule("nbd", sysfs)
+        facts.hasKernelNBD = hasModule("nbd", sysfs) || access("/dev/nbd0", F_OK) == 0
         facts.hasNBDClient = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].contains {
             access("\($0)/nbd-client", X_OK) == 0
         }

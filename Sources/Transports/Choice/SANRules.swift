@@ -44,7 +44,7 @@ extension TransportRules {
         let rule = "san.datastore-type"
         let name = datastore.name
         switch datastore.type {
-        case .vmfs3, .vmfs5, .vmfs6: return Finding(rule, .ok, "\(name) is \(datastore.type?.rawValue ?? "")")
+        case .vmfs, .vmfs3, .vmfs5, .vmfs6: return Finding(rule, .ok, "\(name) is \(datastore.type?.rawValue ?? "")")
         case .nfs:
             return Finding(
                 rule, .excluded, "\(name) is an NFS datastore: it lies on no LUN",
