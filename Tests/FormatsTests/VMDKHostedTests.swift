@@ -13,7 +13,7 @@ import Testing
 
     /// A raw disk with data, runs of zeros and holes, also across what one grain table maps (32 MiB).
     static func makeSource(_ scratch: Scratch, size: Int) throws {
-        FileManager.default.createFile(atPath: scratch.file("source.raw"), contents: nil)
+        try Data().write(to: URL(fileURLWithPath: scratch.file("source.raw")))
         truncate(scratch.file("source.raw"), off_t(size))
         let file = try #require(FileHandle(forWritingAtPath: scratch.file("source.raw")))
         var random = SplitMix(seed: UInt64(size))

@@ -47,11 +47,11 @@ import Testing
         for (files, top, victim) in try Self.disks() {
             let good = try #require(files.files[victim])
             var damaged = files
-            var places = Array(0..<min(1100, good.count))
-            places += stride(from: 1100, to: min(good.count, 80_000), by: 97)
-            places += (good.count - min(good.count, 3000))..<good.count
+            var places = Array(0..<min(260, good.count))
+            places += stride(from: 260, to: min(good.count, 80_000), by: 499)
+            places += stride(from: good.count - min(good.count, 1700), to: good.count, by: 17)
             for place in places {
-                for value in [0, 0xFF, good[place] ^ 0x10] where value != good[place] {
+                for value in [0, good[place] ^ 0x90] where value != good[place] {
                     damaged.files[victim]?[place] = value
                     exercise(damaged, top)
                 }

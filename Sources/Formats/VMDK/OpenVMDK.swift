@@ -82,11 +82,19 @@ private struct VMDKLinkOpener {
             return try openExtents(descriptor)
         case .hostedSparse:
             let layout = try HostedSparseHeader.read(from: file.device)
-            guard let range = layout.descriptorRange else { throw noDescriptor("one extent") }
+            guard let range = layout.descriptorRange, try !isEmpty(range) else { throw noDescriptor("one extent") }
             let descriptor = try VMDKDescriptorParser.read(from: file.device, range)
             return try openMonolith(descriptor, layout)
         case .cow, .seSparse: throw noDescriptor("the changes since a snapshot")
         }
+    }
+
+    /// Whether there is room for a descriptor, and none in it: qemu leaves some in every part of a disk.
+    private func isEmpty(_ range: Range<UInt64>) throws(BlockError) -> Bool {
+        if range.isEmpty { return true }
+        let first = Buffer(count: 1)
+        try file.device.read(into: first.bytes, at: range.lowerBound)
+        return first.readable[0] == 0
     }
 
     private func noDescriptor(_ what: String) -> BlockError {
