@@ -132,7 +132,8 @@ import Testing
             ("RW 8 FLAT \"nbd://host/x\" 0", .unsupported), ("RW 8 FLAT \"C:\\x.vmdk\" 0", .unsupported),
             ("RW 8 FLAT \"gone.vmdk\" 0", .notFound), ("RW 8 SPARSE \"a-flat.vmdk\"", .invalid),
             ("RW 8 SPARSE \"a.vmdk\"", .corrupt), ("RW 9 SPARSE \"s.vmdk\"", .corrupt),
-            ("RW 8 SESPARSE \"s.vmdk\"", .corrupt), ("RW 8 VMFSRDM \"a-flat.vmdk\"", .unsupported),
+            ("RW 8 SESPARSE \"s.vmdk\"", .corrupt), ("RW 8 SPARSE \"s.vmdk\"\nRW 8 SPARSE \"s.vmdk\"", .corrupt),
+            ("RW 8 VMFSRDM \"a-flat.vmdk\"", .unsupported),
         ] as [(String, BlockError.Kind)])
     func extentsThatCannotBeAreRefused(line: String, kind: BlockError.Kind) throws {
         var files = FilesInMemory(files: ["a-flat.vmdk": flat, "s.vmdk": VMDKBytes.hosted(sectors: 8, [:])])

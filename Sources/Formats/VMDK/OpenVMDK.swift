@@ -19,6 +19,7 @@ private struct OpenedLink {
 func openVMDK(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: VMDKOptions) throws(BlockError) -> VMDKDevice {
     var links: [OpenedLink] = []
     var seen: Set<String> = []
+    var sparseFiles: Set<String> = []
     var file = top
     while true {
         let name = file.device.info.name
@@ -32,7 +33,7 @@ func openVMDK(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: VMDKOptions
                     + "disks; consolidate the snapshots")
         }
         let opener = VMDKLinkOpener(file: file, mayOpenSiblings: mayOpenSiblings, options: options)
-        let link = try opener.open()
+        let link = try opener.open(&sparseFiles)
         if let child = links.last { try checkParent(of: child, link) }
         links.append(link)
         guard link.descriptor.parentContentID != nil, let parent = link.descriptor.parentName else { break }
@@ -75,11 +76,15 @@ private struct VMDKLinkOpener {
 
     private var name: String { file.device.info.name }
 
-    func open() throws(BlockError) -> OpenedLink {
+    /// Opens it.
+    ///
+    /// - Parameter sparseFiles: what the sparse files of the chain are so far; the same one twice would be nonsense, and
+    ///   could be made to take any amount of memory.
+    func open(_ sparseFiles: inout Set<String>) throws(BlockError) -> OpenedLink {
         switch try VMDKFileKind.of(file.device) {
         case .descriptor:
             let descriptor = try VMDKDescriptorParser.read(from: file.device, 0..<file.device.info.size)
-            return try openExtents(descriptor)
+            return try openExtents(descriptor, &sparseFiles)
         case .hostedSparse:
             let layout = try HostedSparseHeader.read(from: file.device)
             guard let range = layout.descriptorRange, try !isEmpty(range) else { throw noDescriptor("one extent") }
@@ -130,21 +135,23 @@ private struct VMDKLinkOpener {
                 + "may have written what it looks like; add format=vmdk if it is one, format=raw if not")
     }
 
-    private func openExtents(_ descriptor: VMDKDescriptor) throws(BlockError) -> OpenedLink {
+    private func openExtents(_ descriptor: VMDKDescriptor, _ sparseFiles: inout Set<String>) throws(BlockError)
+        -> OpenedLink
+    {
         try checkAlone(descriptor)
         var extents: [VMDKExtent] = []
         var position: UInt64 = 0
         for extent in descriptor.extents {
             let end = position + extent.sectors * VMDK.sectorBytes
-            extents.append(VMDKExtent(position..<end, try content(of: extent, descriptor)))
+            extents.append(VMDKExtent(position..<end, try content(of: extent, descriptor, &sparseFiles)))
             position = end
         }
         return OpenedLink(file: file, descriptor: descriptor, extents: extents)
     }
 
-    private func content(of extent: VMDKDescriptor.Extent, _ descriptor: VMDKDescriptor) throws(BlockError)
-        -> VMDKExtent.Content
-    {
+    private func content(
+        of extent: VMDKDescriptor.Extent, _ descriptor: VMDKDescriptor, _ sparseFiles: inout Set<String>
+    ) throws(BlockError) -> VMDKExtent.Content {
         if extent.access == .none { return .noAccess }
         if extent.kind == .zero { return .zeros }
         if !mayOpenSiblings { throw untrusted(extent.fileName) }
@@ -160,7 +167,11 @@ private struct VMDKLinkOpener {
             }
             return try flat(try sibling(extent.fileName, "mapping file", isMapping: true).device, extent)
         case .sparse, .vmfsSparse, .seSparse:
-            let device = try sibling(extent.fileName, "extent").device
+            let sparseFile = try sibling(extent.fileName, "extent")
+            guard sparseFiles.insert(sparseFile.identity).inserted else {
+                throw VMDK.corrupt(name, "its extent \"\(extent.fileName)\" is one already")
+            }
+            let device = sparseFile.device
             let layout = try SparseLayout.read(from: device)
             let isSESparse = layout.geometry.entries == .seSparse
             guard isSESparse == (extent.kind == .seSparse) else {
