@@ -42,8 +42,8 @@ extension FileResolver {
     public func openMappedDevice(_ name: String) throws(BlockError) -> ResolvedFile {
         throw BlockError(
             .unsupported,
-            "opening the LUN that \(name) maps: which one it is is known on its datastore only (san:DATASTORE/...); the "
-                + "LUN itself is san:wwn=NAME")
+            "opening the LUN that \(name) maps: which one it is is known on its datastore only "
+                + "(san:DATASTORE/...); the LUN itself is san:wwn=NAME")
     }
 }
 

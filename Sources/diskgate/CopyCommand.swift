@@ -114,7 +114,8 @@ struct CopyCommand: ParsableCommand {
             let suffix = [".qcow2", ".vmdk", ".vdi", ".vhdx"].first(where: { path.hasSuffix($0) })
         {
             throw ValidationError(
-                "\(path) ends in \(suffix), but a raw disk would be written there: say --to-format with raw or another format"
+                "\(path) ends in \(suffix), but a raw disk would be written there: say "
+                    + "--to-format with raw or another format"
             )
         }
         return format

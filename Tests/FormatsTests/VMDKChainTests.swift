@@ -115,6 +115,30 @@ import Testing
         #expect(value(depths, at: 9 * 4096) == 1 && value(depths, at: 43 * 4096) == 1)
     }
 
+    @Test(arguments: ["cow", "seSparse", "streamOptimized"])
+    func disksConform(kind: String) throws {
+        let (files, name, content): (FilesInMemory, String, [UInt8])
+        switch kind {
+        case "cow":
+            let chain = Self.cowChain(grainSectors: 1)
+            (files, name, content) = (chain.files, "vm-000002.vmdk", chain.model.bytes)
+        case "seSparse":
+            let chain = Self.seSparseChain()
+            (files, name, content) = (chain.files, "vm-000002.vmdk", chain.model.bytes)
+        default:
+            content =
+                patternBytes(300_000, seed: 3) + [UInt8](repeating: 0, count: 212_000) + patternBytes(512, seed: 4)
+            (files, name) = (FilesInMemory(files: ["a.vmdk": try streamOptimized(content)]), "a.vmdk")
+        }
+        // In memory, and in files.
+        try DeviceConformance { ConformanceSubject(try files.disk(name), content: content) }.run()
+        let scratch = try Scratch()
+        try write(files, to: scratch)
+        try DeviceConformance {
+            ConformanceSubject(try VMDKHostedTests.open(scratch, name), content: content)
+        }.run()
+    }
+
     @Test func largeSESparseDiskUsesHighGrainNumbers() throws {
         // Grain 0x12345 of the area: both parts of the number are used. The file is one hole up to there.
         let entry: UInt64 = 3 << 60 | 0x345 << 48 | 0x12

@@ -15,7 +15,7 @@ private struct OpenedLink {
 ///   - top: the descriptor's file, or a sparse file with a descriptor in it.
 ///   - mayOpenSiblings: whether it may name other files.
 /// - Throws: `.invalid` when it is no VMDK, `.unsupported`, `.denied` for siblings that may not be opened,
-///   `.corrupt` also when a parent is not what it was, `.tooLarge` for a chain that is too long, or what opening throws.
+///   `.corrupt` also when a parent is not what it was, `.tooLarge` for a chain that is too long, what opening throws.
 func openVMDK(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: VMDKOptions) throws(BlockError) -> VMDKDevice {
     var links: [OpenedLink] = []
     var seen: Set<String> = []
@@ -78,8 +78,8 @@ private struct VMDKLinkOpener {
 
     /// Opens it.
     ///
-    /// - Parameter sparseFiles: what the sparse files of the chain are so far; the same one twice would be nonsense, and
-    ///   could be made to take any amount of memory.
+    /// - Parameter sparseFiles: what the sparse files of the chain are so far; the same one twice would be nonsense,
+    ///   and could be made to take any amount of memory.
     func open(_ sparseFiles: inout Set<String>) throws(BlockError) -> OpenedLink {
         switch try VMDKFileKind.of(file.device) {
         case .descriptor:
@@ -105,8 +105,8 @@ private struct VMDKLinkOpener {
     private func noDescriptor(_ what: String) -> BlockError {
         BlockError(
             .invalid,
-            "opening \(name) as VMDK: it holds \(what) of a disk, not a disk; open the disk's descriptor, the small text "
-                + "file beside it with a similar name")
+            "opening \(name) as VMDK: it holds \(what) of a disk, not a disk; open the disk's descriptor, the small "
+                + "text file beside it with a similar name")
     }
 
     /// A sparse file with its descriptor in it. It need not be called as the descriptor has it: files are renamed.
@@ -131,8 +131,8 @@ private struct VMDKLinkOpener {
     private func untrusted(_ other: String) -> BlockError {
         BlockError(
             .denied,
-            "opening \(name): it looks like a VMDK that refers to \"\(other)\", but its name does not say so, and a guest "
-                + "may have written what it looks like; add format=vmdk if it is one, format=raw if not")
+            "opening \(name): it looks like a VMDK that refers to \"\(other)\", but its name does not say so, and a "
+                + "guest may have written what it looks like; add format=vmdk if it is one, format=raw if not")
     }
 
     private func openExtents(_ descriptor: VMDKDescriptor, _ sparseFiles: inout Set<String>) throws(BlockError)

@@ -81,9 +81,7 @@ public final class VMDKDevice: BlockDevice {
     /// Moves when any file below is changed through this process.
     public var mapVersion: UInt64 {
         // Each part only grows, so the sum changes when any of them does.
-        var version = parent?.mapVersion ?? 0
-        for extent in extents { version &+= extent.lower?.mapVersion ?? 0 }
-        return version
+        (parent?.mapVersion ?? 0) &+ parts.mapVersion
     }
 
     /// Says where the bytes of a range live: in the files of the chain, nowhere, or with a decompressor.

@@ -80,6 +80,13 @@ struct VMDKParts: ~Copyable, @unchecked Sendable {
 
     deinit { parts.deallocate() }
 
+    /// The versions of the maps of all files.
+    var mapVersion: UInt64 {
+        var version: UInt64 = 0
+        for index in 0..<count { version &+= parts[index].withExtent { $0.lower?.mapVersion ?? 0 } }
+        return version
+    }
+
     /// The first extent that ends behind an offset.
     @inline(__always)
     private func part(at position: UInt64) -> VMDKPart {

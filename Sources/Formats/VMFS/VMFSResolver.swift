@@ -16,12 +16,14 @@ public struct VMFSResolver: FileResolver {
     ///
     /// - Parameters:
     ///   - directory: the image's directory, from the root; it is allowed always.
-    ///   - allowed: other directories that may be opened from, with everything below them.
+    ///   - allowed: other directories that may be opened from, with everything below them: by their paths from the root
+    ///     or on an ESXi host.
     ///   - openMapped: opens the LUNs of raw device mappings; nil refuses them.
     public init(
         _ volume: VMFSVolume, directory: String, allowed: [String] = [], openMapped: MappedDeviceOpener? = nil
     ) {
-        self.init(volume, Self.names(directory), allowed.map(Self.names) + [Self.names(directory)], openMapped)
+        let others = allowed.map { Self.names(volume.pathInside($0) ?? $0) }
+        self.init(volume, Self.names(directory), others + [Self.names(directory)], openMapped)
     }
 
     private init(

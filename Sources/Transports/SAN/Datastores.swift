@@ -81,7 +81,9 @@ extension SourceReference {
     ///
     /// A running machine writes to its disks all the time: only a disk below a snapshot stands still. This side cannot
     /// see whether there is one, so somebody has to say so.
-    func openSAN(_ reference: SANReference, writable: Bool) throws(BlockError) -> any BlockDevice {
+    func openSAN(_ reference: SANReference, writable: Bool, imageDirectories: [String]) throws(BlockError)
+        -> any BlockDevice
+    {
         try allow(Self.sanParameters)
         if writable {
             throw BlockError(.readOnly, "opening \(self) for writing: LUNs that hosts use are only read here")
@@ -109,7 +111,7 @@ extension SourceReference {
             let file = ResolvedFile(
                 device: device, identity: "\(volume.uuid)/\(device.fingerprint.address)",
                 resolver: VMFSResolver(
-                    volume, directory: directory,
+                    volume, directory: directory, allowed: imageDirectories,
                     openMapped: { (disk) throws(BlockError) in try LogicalUnits().open(disk) }))
             var options = VMDKOptions()
             options.allowsPhysicalMapping = try flag("physical-rdm")

@@ -12,7 +12,9 @@ struct VMDKDescriptorFuzz {
             var options = VMDKOptions()
             options.allowsPhysicalMapping = input.count % 2 == 0
             for hint in [FormatHint.explicit(.vmdk), .guess(name: "disk", isNodeOrRemote: false)] {
-                guard let top = try? files.open("0"), let device = try? openDisk(top, hint, vmdk: options) else { continue }
+                guard let top = try? files.open("0"), let device = try? openDisk(top, hint, vmdk: options) else {
+                    continue
+                }
                 require(device.info.size <= UInt64(Int64.max), "a disk of \(device.info.size) bytes")
                 exerciseDisk(device, step: 4096)
             }
