@@ -9,7 +9,7 @@ public final class StreamOptimizedTarget: CopyTarget {
     public let name: String
     public let size: UInt64
     public let granularity = UInt64(StreamOptimizedWriter.grainBytes)
-    public let writeMax = 1 << 20
+    public let pieceBytes = 1 << 20
     public let isSequential = true
     /// The file that is written; nil for standard output.
     let path: String?
