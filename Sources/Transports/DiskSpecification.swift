@@ -152,7 +152,8 @@ extension SourceReference {
                         + "scratch space)")
             }
             return try point.open()
-        case .san(let reference): return try openSAN(reference, writable: writable)
+        case .san(let reference):
+            return try openSAN(reference, writable: writable, imageDirectories: imageDirectories)
         case .hotAdd(let reference): return try openHotAdded(reference, writable: writable)
         case .nbd(let uri):
             let device = try NBDDevice.open(uri, isWritable: writable)

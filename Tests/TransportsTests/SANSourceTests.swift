@@ -2,22 +2,23 @@
 import Block
 import Formats
 import Glibc
-import LinuxIO
 import Support
 import Testing
-import Transports
+
+@testable import LinuxIO
+@testable import Transports
 
 /// Images of a datastore's LUNs, made by the lab's builder.
 private struct Datastore {
     let directory: TemporaryDirectory
     let luns: [String]
 
-    init(_ directory: TemporaryDirectory, luns count: Int) throws {
+    init(_ directory: TemporaryDirectory, luns count: Int, isWhole: Bool = false) throws {
         self.directory = directory
         let script =
             #filePath.split(separator: "/").dropLast(3).reduce("") { "\($0)/\($1)" } + "/Scripts/lab/vmfs-image"
         let path = directory.file("ds.img")
-        _ = try Tool.output("python3", [script, "6", path, "--luns", "\(count)", "--few"])
+        _ = try Tool.output("python3", [script, "6", path, "--luns", "\(count)"] + (isWhole ? [] : ["--few"]))
         luns =
             count == 1
             ? [path]
@@ -60,6 +61,42 @@ private struct Datastore {
                 try device.confirm()
             }
         }
+    }
+
+    @Test func disksOfADatastoreAreOpenedWithTheirSnapshots() throws {
+        try withTemporaryDirectory { directory in
+            let datastore = try Datastore(directory, luns: 1, isWhole: true)
+            let name = try label(datastore)
+            let disk = try datastore.source("\(name)/vm1/thin-000001.vmdk").open()
+            #expect(disk.info.format == "vmdk" && disk.info.size == 16 << 20)
+            #expect(String(decoding: try readBytes(disk, at: 0, count: 5), as: UTF8.self) == "first")
+            try disk.confirm()
+            let mapping = "\(name)/vm1/raw.vmdk"
+            try requireError(.denied, "a physical mapping") { _ = try datastore.source(mapping).open() }
+            // No LUN here has that serial number.
+            try requireError(.notFound, "its LUN") {
+                _ = try datastore.source(mapping, "snapshot=test&physical-rdm=yes").open()
+            }
+        }
+    }
+
+    @Test func mappingsFindTheirLUN() {
+        var disk = AttachedDisk(name: "sda", major: 8, minor: 0, size: 1 << 30)
+        disk.names = ["naa.60003ff44dc75adcb5c2d7d8ef9ef3cf", "t10.ATA"]
+        disk.serial = "QM00013"
+        disk.model = "QEMU HARDDISK"
+        func isMapped(_ identifier: [UInt8]) -> Bool { LogicalUnits.isMapped(disk, by: identifier) }
+        let name: [UInt8] = [
+            0x60, 0, 0x3F, 0xF4, 0x4D, 0xC7, 0x5A, 0xDC, 0xB5, 0xC2, 0xD7, 0xD8, 0xEF, 0x9E, 0xF3, 0xCF,
+        ]
+        #expect(isMapped(name) && isMapped(name + Array("Micros".utf8)))
+        #expect(!isMapped(name + Array("Micros!".utf8)) && !isMapped(Array(name.dropLast())))
+        #expect(isMapped(Array("QM00013".utf8)) && isMapped(Array("QM00013             QEMU H".utf8)))
+        for other in ["QM00014", "QM000131", "QM0001", "QM00013             OTHER", ""] {
+            #expect(!isMapped(Array(other.utf8)), "\(other)")
+        }
+        disk.serial = ""
+        #expect(!isMapped([]) && !isMapped(Array("QEMU H".utf8)))
     }
 
     @Test func somebodyHasToSayWhatKeepsTheDiskStill() throws {

@@ -70,7 +70,7 @@ public struct Datastores: Sendable {
 
 extension SourceReference {
     /// Parameters of `san:` sources.
-    private static let sanParameters: Set<String> = ["lun", "snapshot", "inconsistent", "format"]
+    private static let sanParameters: Set<String> = ["lun", "snapshot", "inconsistent", "format", "physical-rdm"]
 
     /// The LUNs that `lun=` parameters name; all where there are none.
     public var logicalUnits: LogicalUnits {
@@ -81,7 +81,9 @@ extension SourceReference {
     ///
     /// A running machine writes to its disks all the time: only a disk below a snapshot stands still. This side cannot
     /// see whether there is one, so somebody has to say so.
-    func openSAN(_ reference: SANReference, writable: Bool) throws(BlockError) -> any BlockDevice {
+    func openSAN(_ reference: SANReference, writable: Bool, imageDirectories: [String]) throws(BlockError)
+        -> any BlockDevice
+    {
         try allow(Self.sanParameters)
         if writable {
             throw BlockError(.readOnly, "opening \(self) for writing: LUNs that hosts use are only read here")
@@ -108,8 +110,13 @@ extension SourceReference {
             let directory = path.split(separator: "/").dropLast().joined(separator: "/")
             let file = ResolvedFile(
                 device: device, identity: "\(volume.uuid)/\(device.fingerprint.address)",
-                resolver: VMFSResolver(volume, directory: directory))
-            return try openDisk(file, try formatHint() ?? .guess(name: path, isNodeOrRemote: false))
+                resolver: VMFSResolver(
+                    volume, directory: directory, allowed: imageDirectories,
+                    openMapped: { (disk) throws(BlockError) in try LogicalUnits().open(disk) }))
+            var options = VMDKOptions()
+            options.allowsPhysicalMapping = try flag("physical-rdm")
+            let hint = try formatHint() ?? .guess(name: path, isNodeOrRemote: false)
+            return try openDisk(file, hint, vmdk: options)
         }
     }
 }

@@ -1,5 +1,6 @@
 // The LUNs of a SAN as this proxy sees them: opened beside the hosts that use them, for reading only.
 import Block
+import Formats
 import Glibc
 import LinuxIO
 
@@ -56,9 +57,41 @@ public struct LogicalUnits: Sendable {
     ///
     /// - Throws: `.notFound`, `.invalid` when several answer, or what opening throws.
     func open(_ selector: DiskSelector) throws(BlockError) -> any BlockDevice {
-        let doing = "opening the LUN \(selector)"
+        try open("\(selector)") { selector.matches($0) }
+    }
+
+    /// Opens the LUN that a raw device mapping names.
+    ///
+    /// - Throws: as for one that is named otherwise.
+    func open(_ disk: VMFSDiskID) throws(BlockError) -> any BlockDevice {
+        try open("\(disk.text) of a raw device mapping") { Self.isMapped($0, by: disk.identifier) }
+    }
+
+    /// Whether an ESXi host's identifier is a disk's: its worldwide name or its serial number, with up to six
+    /// characters of its model behind it.
+    static func isMapped(_ disk: AttachedDisk, by identifier: [UInt8]) -> Bool {
+        let modelMax = 6
+        let digits = identifier.map { hexadecimal($0) }.joined()
+        for name in disk.names {
+            guard let dot = name.firstIndex(of: "."), ["naa", "eui"].contains(name[..<dot]) else { continue }
+            let own = name[name.index(after: dot)...]
+            if own.count >= 16, digits.hasPrefix(own), digits.count - own.count <= 2 * modelMax { return true }
+        }
+        guard let serial = disk.serial, !serial.isEmpty, identifier.starts(with: serial.utf8) else { return false }
+        let rest = identifier.dropFirst(serial.utf8.count)
+        let model = Array((disk.model ?? "").utf8)
+        // Serial numbers are padded with blanks before the model follows.
+        return rest.allSatisfy { $0 == 0x20 } || model.starts(with: rest.drop { $0 == 0x20 })
+    }
+
+    private static func hexadecimal(_ byte: UInt8) -> String {
+        (byte < 16 ? "0" : "") + String(byte, radix: 16)
+    }
+
+    private func open(_ wanted: String, where matches: (AttachedDisk) -> Bool) throws(BlockError) -> any BlockDevice {
+        let doing = "opening the LUN \(wanted)"
         let inventory = DiskInventory()
-        let disks = try inventory.disks().filter { selector.matches($0) && $0.address != nil }
+        let disks = try inventory.disks().filter { matches($0) && $0.address != nil }
         guard let disk = disks.first else {
             throw BlockError(.notFound, "\(doing): this machine sees no such LUN; diskgate disks shows those it sees")
         }
