@@ -146,7 +146,8 @@ public struct LogicalUnitFacts: Sendable, Equatable {
     /// How another look at what should be the same unit differs; nil where it does not.
     public func difference(from earlier: LogicalUnitFacts) -> String? {
         if names != earlier.names {
-            return "its names are \(names.joined(separator: ", ")) now, and were \(earlier.names.joined(separator: ", "))"
+            return
+                "its names are \(names.joined(separator: ", ")) now, and were \(earlier.names.joined(separator: ", "))"
         }
         if serial != earlier.serial {
             return "its serial number is \(serial ?? "none") now, and was \(earlier.serial ?? "none")"

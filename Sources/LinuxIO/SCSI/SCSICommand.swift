@@ -13,7 +13,12 @@ public struct SCSICommand: Sendable, Equatable {
         self.block = block
     }
 
-    private static func bytes(_ value: some FixedWidthInteger) -> [UInt8] { withUnsafeBytes(of: value.bigEndian, Array.init) }
+    private static func bytes(_ value: some FixedWidthInteger) -> [UInt8] {
+        withUnsafeBytes(of: value.bigEndian, Array.init)
+    }
+
+    /// Whether its data are the unit's blocks.
+    public var movesBlocks: Bool { block[0] == 0x88 || block[0] == 0x8A }
 
     /// Asks whether the unit is ready (SPC-4 6.37).
     public static let testUnitReady = SCSICommand("TEST UNIT READY", [UInt8](repeating: 0, count: 6))
@@ -108,7 +113,9 @@ public struct SCSIOutcome: Sendable, Equatable {
         switch status {
         case 0: return nil
         case 0x02:
-            guard let sense else { return BlockError(.inputOutput, "\(doing): it failed, and the unit does not say why") }
+            guard let sense else {
+                return BlockError(.inputOutput, "\(doing): it failed, and the unit does not say why")
+            }
             return BlockError(sense.kind, "\(doing): \(sense)")
         case 0x08, 0x28: return BlockError(.inputOutput, "\(doing): the unit is too busy")
         case 0x18: return BlockError(.denied, "\(doing): another machine has reserved the unit")
@@ -175,7 +182,8 @@ public struct SCSISense: Sendable, Equatable, CustomStringConvertible {
     public var description: String {
         let text = Self.codes[UInt16(code) << 8 | UInt16(qualifier)].map { ", \($0)" } ?? ""
         let number = String(UInt16(code) << 8 | UInt16(qualifier), radix: 16)
-        return "\(Self.keys[Int(key & 15)])\(text) (sense \(key)/\(String(repeating: "0", count: 4 - number.count))\(number))"
+        return
+            "\(Self.keys[Int(key & 15)])\(text) (sense \(key)/\(String(repeating: "0", count: 4 - number.count))\(number))"
     }
 }
 

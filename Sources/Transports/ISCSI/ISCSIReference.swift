@@ -93,7 +93,8 @@ public struct ISCSIReference: Sendable, Equatable, CustomStringConvertible {
         }
     }
 
-    private static func portal(_ text: Substring, _ bad: (String) -> BlockError) throws(BlockError) -> (String, UInt16) {
+    private static func portal(_ text: Substring, _ bad: (String) -> BlockError) throws(BlockError) -> (String, UInt16)
+    {
         var host = text
         var digits: Substring?
         if text.first == "[", let close = text.firstIndex(of: "]") {
@@ -125,7 +126,8 @@ public struct ISCSIReference: Sendable, Equatable, CustomStringConvertible {
         let kinds = ["iqn.", "eui.", "naa."]
         return kinds.contains { text.lowercased().hasPrefix($0) } && text.utf8.count <= 223
             && text.unicodeScalars.allSatisfy { scalar in
-                scalar.value >= 128 || scalar.properties.isAlphabetic || "0123456789.-:_".unicodeScalars.contains(scalar)
+                scalar.value >= 128 || scalar.properties.isAlphabetic
+                    || "0123456789.-:_".unicodeScalars.contains(scalar)
             }
     }
 
@@ -157,7 +159,8 @@ public struct ISCSIReference: Sendable, Equatable, CustomStringConvertible {
         case "reconnect": reconnectSeconds = try number(0...86400)
         case "format": break
         default:
-            throw bad("the parameter \(key) means nothing here (known: \(Self.parameters.sorted().joined(separator: ", ")))")
+            throw bad(
+                "the parameter \(key) means nothing here (known: \(Self.parameters.sorted().joined(separator: ", ")))")
         }
     }
 }
@@ -167,7 +170,9 @@ extension ISCSIReference {
     /// of the machine's id.
     func initiatorName() -> String {
         if let initiator { return initiator }
-        let configured = (try? readSmallFile("/etc/iscsi/initiatorname.iscsi")).map { String(decoding: $0, as: UTF8.self) }
+        let configured = (try? readSmallFile("/etc/iscsi/initiatorname.iscsi")).map {
+            String(decoding: $0, as: UTF8.self)
+        }
         for line in (configured ?? "").split(separator: "\n") where line.hasPrefix("InitiatorName=") {
             let name = line.dropFirst("InitiatorName=".count).filter { !$0.isWhitespace }
             if Self.isName(name) { return name }
@@ -188,7 +193,8 @@ extension ISCSIReference {
         }
         let bytes = try readSmallFile(path, limit: 4096)
         let line = bytes.prefix { $0 != UInt8(ascii: "\n") && $0 != UInt8(ascii: "\r") }
-        guard let text = String(validating: line, as: UTF8.self), (1...255).contains(line.count), !line.contains(0) else {
+        guard let text = String(validating: line, as: UTF8.self), (1...255).contains(line.count), !line.contains(0)
+        else {
             throw BlockError(.invalid, "\(doing): its first line has to be a password of 1 to 255 bytes")
         }
         return text

@@ -265,7 +265,8 @@ extension ISCSIWorker {
         while true {
             let outcome = try wait(for: request)
             guard let failure = outcome.failure(of: request.command, on: name) else {
-                if outcome.transferred == request.data.count { return }
+                // Of other commands not all targets count the data.
+                if !request.command.movesBlocks || outcome.transferred == request.data.count { return }
                 throw BlockError(
                     .inputOutput,
                     "\(request.command.name) on \(name): \(outcome.transferred) of \(request.data.count) bytes")

@@ -49,6 +49,8 @@ final class ISCSIWorker: @unchecked Sendable {
     private var waiting: [ISCSIRequest] = []
     private var parting: [(ISCSIRequest, SCSIOutcome)] = []
     private var stepStatus: Int32?
+    /// What libiscsi said when a step failed, before it says something less telling.
+    private var stepFailure: String?
     private var loss: BlockError?
     private var facts: LogicalUnitFacts?
     private var nextAttempt = 0.0
@@ -274,7 +276,7 @@ final class ISCSIWorker: @unchecked Sendable {
     }
 
     private func failure(_ doing: String) -> BlockError {
-        let reason = session.map { String(cString: dg_iscsi_error($0)) } ?? ""
+        let reason = stepFailure ?? session.map { String(cString: dg_iscsi_error($0)) } ?? ""
         let text = printable(reason.split(whereSeparator: \.isNewline).joined(separator: " "))
         return BlockError(.inputOutput, "\(reference): \(doing)\(text.isEmpty ? "" : ": \(text)")")
     }
@@ -301,8 +303,7 @@ final class ISCSIWorker: @unchecked Sendable {
         let ending = session
         session = nil
         if let ending { dg_iscsi_destroy(ending) }
-        loss = nil
-        stepStatus = nil
+        (loss, stepStatus, stepFailure) = (nil, nil, nil)
     }
 
     /// Ends commands that have waited for too long: for an answer, or for the target to come back.
@@ -373,7 +374,9 @@ extension ISCSIWorker {
 
     private static let stepDone: @convention(c) (UnsafeMutableRawPointer?, Int32) -> Void = { owner, status in
         guard let owner else { return }
-        Unmanaged<ISCSIWorker>.fromOpaque(owner).takeUnretainedValue().stepStatus = status
+        let worker = Unmanaged<ISCSIWorker>.fromOpaque(owner).takeUnretainedValue()
+        worker.stepStatus = status
+        if status != 0 { worker.stepFailure = worker.session.map { String(cString: dg_iscsi_error($0)) } }
     }
 
     /// Makes a session with the target: of the portal's addresses, with the first that answers.
@@ -382,7 +385,8 @@ extension ISCSIWorker {
         var failure = BlockError(.notFound, "\(doing): the name has no address")
         for address in try numericAddresses(of: reference.host) {
             do throws(BlockError) {
-                return try logIn(to: address.contains(":") ? "[\(address)]:\(reference.port)" : "\(address):\(reference.port)")
+                return try logIn(
+                    to: address.contains(":") ? "[\(address)]:\(reference.port)" : "\(address):\(reference.port)")
             } catch {
                 failure = error
                 dropSession()
@@ -433,7 +437,7 @@ extension ISCSIWorker {
     private func step(_ doing: String, until deadline: Double, evenStopped: Bool = false, _ begin: () -> Int32)
         throws(BlockError) -> Int32
     {
-        stepStatus = nil
+        (stepStatus, stepFailure) = (nil, nil)
         if begin() != 0 { throw failure(doing) }
         while true {
             if let status = stepStatus { return status }
