@@ -64,6 +64,9 @@ struct CopyCommand: ParsableCommand {
             valueName: "bytes"))
     var journalEvery: ByteArgument?
 
+    @Flag(help: "Do not wait for the storage: a new file is complete when the system has all of it in memory.")
+    var noFlush = false
+
     @Flag(help: "Write zeros among the data as they are, instead of as holes.")
     var keepZeros = false
 
@@ -99,6 +102,7 @@ struct CopyCommand: ParsableCommand {
         request.options.retries = max(0, retries)
         request.options.bytesPerSecondMax = limitRate?.bytes
         request.options.detectsZeros = !keepZeros
+        request.options.isDurable = !noFlush
         if let journalEvery { request.options.checkpointBytes = max(journalEvery.bytes, 1) }
         return request
     }

@@ -74,6 +74,19 @@ struct DestinationRules {
     /// What is written, and whether compressed.
     var format = CopyFormat.raw
     var compresses = false
+    /// The copy is complete only when it is on stable storage.
+    var isDurable = true
+
+    /// Throws `.invalid` where durability cannot be left out: what is kept for later has to be there later.
+    func check(_ destination: CopyDestination) throws(BlockError) {
+        if isDurable { return }
+        guard case .file = destination, format == .raw, !isChange, !resumes, journal == nil else {
+            throw BlockError(
+                .invalid,
+                "copying without flushing: that is for whole, raw copies to files, which nothing is kept of when they "
+                    + "are interrupted: leave out --no-flush, or --changed, --resume, --journal and --to-format")
+        }
+    }
 }
 
 /// The format of a copy.
@@ -103,6 +116,7 @@ final class OpenDestination {
     private var isRejected = false
     private var lock: FileLock?
     private let isChange: Bool
+    private let isDurable: Bool
 
     /// Opens a destination for a source of a size.
     ///
@@ -114,6 +128,8 @@ final class OpenDestination {
         _ destination: CopyDestination, size: UInt64, source: String, scope: String, _ rules: DestinationRules
     ) throws(BlockError) {
         isChange = rules.isChange
+        isDurable = rules.isDurable
+        try rules.check(destination)
         if rules.format == .qcow2 {
             let image = try Self.makeImage(destination, size: size, rules)
             (target, device, partial) = (image, nil, (image.writer.path, image.name))
@@ -129,7 +145,8 @@ final class OpenDestination {
             let parts = try Self.openFile(path, size: size, rules)
             let disk = try RawFileDevice(parts.file, name: parts.path, Self.writable())
             (target, device, lock) = (
-                DeviceTarget(disk, readsAsZeros: !rules.isChange && !rules.resumes), disk, parts.lock
+                DeviceTarget(disk, readsAsZeros: !rules.isChange && !rules.resumes, isDurable: rules.isDurable),
+                disk, parts.lock
             )
             let status = try parts.file.status()
             let identity = CopyIdentity(
@@ -137,6 +154,7 @@ final class OpenDestination {
             marker = "\(path).incomplete"
             let changeJournal = "\(path).changed.journal"
             if !rules.isChange { (partial, outdated) = ((parts.path, path), changeJournal) }
+            if !rules.isDurable { return }
             do throws(BlockError) {
                 if rules.isChange && rules.resumes { try checkMarker(identity) }
                 let beside = rules.isChange ? changeJournal : "\(path).journal"
@@ -369,9 +387,10 @@ final class OpenDestination {
             ResolvedFile(device: file, identity: image.writer.path, resolver: nil), .explicit(.qcow2))
     }
 
-    /// Takes away what is of no use after a failure: an image without its header.
+    /// Takes away what is of no use after a failure: an image without its header, a copy that nothing can go on with.
     func abandon() {
         (target as? Qcow2Target)?.writer.abandon()
+        if let partial, !isDurable { unlink(partial.aside) }
     }
 
     /// Makes the destination what it is to be: a complete copy under its own name.
@@ -380,7 +399,11 @@ final class OpenDestination {
     func complete() throws(BlockError) {
         Step.reached("copy.complete")
         if let partial {
-            try renameDurably(partial.aside, to: partial.path)
+            if isDurable {
+                try renameDurably(partial.aside, to: partial.path)
+            } else if rename(partial.aside, partial.path) < 0 {
+                throw BlockError(errno: errno, "renaming \(partial.aside) to \(partial.path)")
+            }
             Step.reached("copy.renamed")
         }
         try journal?.remove()

@@ -74,6 +74,12 @@ public enum CopyJob {
             throw BlockError(
                 .invalid, "copying to standard output: --verify and --changed need a destination that can be read")
         }
+        if request.verifies && !request.options.isDurable {
+            throw BlockError(
+                .invalid,
+                "copying without flushing: --verify tells what the storage has, where the copy may not be yet; leave "
+                    + "out one of both")
+        }
         try request.options.check()
         let source = try CopySource.open(request.source, reconnects: request.options.retries > 0)
         let device = source.device
@@ -82,7 +88,8 @@ public enum CopyJob {
         if let changed = request.changed { _ = try source.changedContext(changed) }
         let rules = DestinationRules(
             isChange: request.changed != nil, resumes: request.resumes, forces: request.forces,
-            journal: request.journal, format: request.format, compresses: request.compresses)
+            journal: request.journal, format: request.format, compresses: request.compresses,
+            isDurable: request.options.isDurable)
         let destination = try OpenDestination(
             request.destination, size: device.info.size, source: source.identity, scope: scope, rules)
         defer { reporter.finish() }
