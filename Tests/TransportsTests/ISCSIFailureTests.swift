@@ -31,6 +31,29 @@ import Transports
         }
     }
 
+    @Test func targetThatFallsSilentEndsReadsAndWrites() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            let path = try file(directory, "lun")
+            try target.add(path)
+            let reader = try target.open(1, "reconnect=1&timeout=1")
+            let writer = try target.open(1, writable: true, "reconnect=60&timeout=1")
+            let bytes = patternBytes(4096, seed: 5)
+            try target.beingSilent {
+                try requireError(.inputOutput, "reading") { _ = try readBytes(reader, at: 0, count: 4 << 20) }
+                // Not repeated for as long as the session is: the target may still write it.
+                try requireError(.inputOutput, "writing") {
+                    try bytes.withUnsafeBytes { try writer.write($0, at: 0, durable: false) }
+                }
+            }
+            let content = try contentOfFile(path)
+            try requireEqual(
+                try readBytes(reader, at: 1 << 20, count: 4096), Array(content[(1 << 20)...].prefix(4096)), "")
+            try requireEqual(
+                try readBytes(writer, at: 1 << 20, count: 4096), Array(content[(1 << 20)...].prefix(4096)), "")
+        }
+    }
+
     @Test func targetThatComesBackIsReadOn() throws {
         try withTemporaryDirectory { directory in
             let target = try ISCSITarget(directory)

@@ -42,10 +42,23 @@ final class ISCSITarget: @unchecked Sendable {
         port = number
     }
 
+    private func pid() throws -> Int32 {
+        let text = try Tool.output("cat", [directory.file("iscsi/pid")])
+        guard let number = Int32(text), number > 1 else { throw CheckFailure("no target runs: \(text)") }
+        return number
+    }
+
+    /// Lets it say nothing, and take nothing, while a body runs.
+    func beingSilent(_ body: () throws -> Void) throws {
+        let number = try pid()
+        Glibc.kill(number, SIGSTOP)
+        defer { Glibc.kill(number, SIGCONT) }
+        try body()
+    }
+
     /// Ends it as a crash does.
     func kill() throws {
-        let pid = try Tool.output("cat", [directory.file("iscsi/pid")])
-        guard let number = Int32(pid), number > 1 else { throw CheckFailure("no target runs: \(pid)") }
+        let number = try pid()
         Glibc.kill(number, SIGKILL)
         // As a zombie it has no command line any more.
         let isGone = waitUntil {
