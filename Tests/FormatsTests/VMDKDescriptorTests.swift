@@ -171,7 +171,7 @@ import Testing
         var options = VMDKOptions()
         if type.contains("Passthrough") {
             let error = #expect(throws: BlockError.self) { try files.disk("vm.vmdk") }
-            #expect(error?.kind == .denied && error?.message.contains("physical-rdm=yes") == true)
+            #expect(error?.kind == .denied && error?.message.contains("physical=yes") == true)
             options.allowsPhysicalMapping = true
         }
         try expectSame(try files.disk("vm.vmdk", options), flat)

@@ -47,6 +47,10 @@ public enum CopyDestination: Sendable, Equatable {
                 throw BlockError(
                     .invalid, "copying to \(path): it is neither a file nor a block device (- is standard output)")
             }
+        case .iscsi:
+            throw BlockError(
+                .unsupported,
+                "copying to \(text): serve it with diskgate serve --writable, and copy to that")
         case .pattern, .memory, .point, .san:
             throw BlockError(.invalid, "copying to \(text): nothing can be written there; name a file or an NBD URI")
         }

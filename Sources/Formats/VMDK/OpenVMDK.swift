@@ -163,7 +163,7 @@ private struct VMDKLinkOpener {
                 throw BlockError(
                     .denied,
                     "opening \(name): it is a physical raw device mapping, which no snapshot of the machine covers; "
-                        + "where the machine is off or its content may be torn, add physical-rdm=yes")
+                        + "where the machine is off or its content may be torn, add physical=yes")
             }
             return try flat(try sibling(extent.fileName, "mapping file", isMapping: true).device, extent)
         case .sparse, .vmfsSparse, .seSparse:
