@@ -33,6 +33,7 @@ let package = Package(
             ], cSettings: gnuSource, swiftSettings: settings),
         fuzzer("ClientFuzz", ["LinuxIO", "NBD"]),
         fuzzer("DomainFuzz", ["Hypervisors"]),
+        fuzzer("InventoryFuzz", ["LinuxIO", "Transports"]),
         fuzzer("JournalFuzz", ["Backup", "LinuxIO"]),
         fuzzer("LedgerFuzz", ["LinuxIO", "Transports"]),
         fuzzer("ManifestFuzz", ["Backup", "LinuxIO"]),
