@@ -152,7 +152,8 @@ extension SourceReference {
                         + "scratch space)")
             }
             return try point.open()
-        case .san(let reference): return try openSAN(reference, writable: writable)
+        case .san(let reference):
+            return try openSAN(reference, writable: writable, imageDirectories: imageDirectories)
         case .iscsi(let reference):
             let file = ResolvedFile(
                 device: try ISCSIDevice(reference, isWritable: writable), identity: "\(reference)", resolver: nil)

@@ -139,7 +139,9 @@ extension SourceReference {
     ///
     /// A running machine writes to its disks all the time: only a disk below a snapshot stands still. This side cannot
     /// see whether there is one, so somebody has to say so.
-    func openSAN(_ reference: SANReference, writable: Bool) throws(BlockError) -> any BlockDevice {
+    func openSAN(_ reference: SANReference, writable: Bool, imageDirectories: [String]) throws(BlockError)
+        -> any BlockDevice
+    {
         try allow(Self.sanParameters)
         if writable {
             throw BlockError(.readOnly, "opening \(self) for writing: LUNs that hosts use are only read here")
@@ -165,11 +167,17 @@ extension SourceReference {
             let entry = try volume.entry(path)
             if let id = entry.rawDevice { return try openMapped(id, entry) }
             let device = try volume.open(path)
+            let units = logicalUnits
             let directory = path.split(separator: "/").dropLast().joined(separator: "/")
             let file = ResolvedFile(
                 device: device, identity: "\(volume.uuid)/\(device.fingerprint.address)",
-                resolver: VMFSResolver(volume, directory: directory))
-            return try openDisk(file, try formatHint() ?? .guess(name: path, isNodeOrRemote: false))
+                resolver: VMFSResolver(
+                    volume, directory: directory, allowed: imageDirectories,
+                    openMapped: { (disk) throws(BlockError) in try units.open(disk) }))
+            var options = VMDKOptions()
+            options.allowsPhysicalMapping = try flag("physical")
+            let hint = try formatHint() ?? .guess(name: path, isNodeOrRemote: false)
+            return try openDisk(file, hint, vmdk: options)
         }
     }
 }
