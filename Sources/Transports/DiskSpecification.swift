@@ -178,10 +178,12 @@ extension SourceReference {
     private func openHotAdded(_ reference: HotAddReference, writable: Bool) throws(BlockError) -> any BlockDevice {
         switch reference {
         case .present(let selector):
-            try allow(["timeout"])
+            try allow(["timeout", "unprotected"])
             guard let seconds = Double(parameter("timeout") ?? "\(HotAddedDisk.patience)"), (0...3600).contains(seconds)
             else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
-            return try HotAddedDisk(selector: selector, isWritable: writable).open(seconds: seconds)
+            let disk = HotAddedDisk(
+                selector: selector, isWritable: writable, isUnprotected: try flag("unprotected"))
+            return try disk.open(seconds: seconds)
         case .image(let image):
             try checkImage(image)
             return try HotAddedDisk.open(image, isWritable: writable)

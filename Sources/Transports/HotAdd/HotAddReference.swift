@@ -18,6 +18,8 @@ public struct HotAddImage: Sendable, Equatable {
     public var format: String
     /// The URI of the controller that adds disks to this proxy.
     public var controller: String
+    /// Whether to add it although this machine's own programs may act on it.
+    public var isUnprotected = false
 
     /// An image.
     public init(path: String, format: String, controller: String) {
@@ -32,7 +34,7 @@ extension SourceReference {
     ///
     /// - Throws: `.invalid`.
     public func checkImage(_ image: HotAddImage) throws(BlockError) {
-        try allow(["controller", "format"])
+        try allow(["controller", "format", "unprotected"])
         let containers = [".qcow2", ".vmdk", ".vdi", ".vhdx", ".qed"]
         if parameter("format") == nil, containers.contains(where: { image.path.hasSuffix($0) }) {
             throw BlockError(
@@ -56,7 +58,9 @@ extension SourceReference {
                     "opening \(text): say who adds disks to this machine: ?controller=qmp+tcp:HOST:PORT, the monitor "
                         + "of its own QEMU")
             }
-            return .image(HotAddImage(path: value, format: parameter("format") ?? "raw", controller: controller))
+            var image = HotAddImage(path: value, format: parameter("format") ?? "raw", controller: controller)
+            image.isUnprotected = try flag("unprotected", parameter("unprotected"), of: text)
+            return .image(image)
         }
         throw BlockError(
             .invalid,

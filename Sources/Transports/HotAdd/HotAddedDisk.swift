@@ -11,6 +11,8 @@ struct HotAddedDisk {
 
     let selector: DiskSelector
     let isWritable: Bool
+    /// Whether it may be opened although this machine's own programs may act on it.
+    var isUnprotected = false
     let inventory = DiskInventory()
 
     /// Waits until the disk is there, and opens it. Nobody else can mount, assemble or write it from then on.
@@ -19,7 +21,10 @@ struct HotAddedDisk {
     /// - Throws: `BlockError`: it does not come, several are meant, it is no SCSI disk, somebody holds it, or another
     ///   has taken its place while it was opened.
     func open(seconds: Double = patience) throws(BlockError) -> any BlockDevice {
+        let protection = HostProtection()
+        let kept = isUnprotected ? HostProtection.warn(doing) : try protection.require(doing)
         let disk = try find(seconds: seconds)
+        if !isUnprotected { try protection.confirm(disk, doing) }
         var options = RawOptions()
         options.isWritable = isWritable
         options.isExclusive = true
@@ -28,14 +33,18 @@ struct HotAddedDisk {
         // Another machine may have written to it since this one read it last.
         let result = dg_block_drop_cache(node.number)
         if result < 0 { throw BlockError(errno: -result, "\(doing): dropping what is cached of \(disk.node)") }
-        if isWritable || disk.isReadOnly { return try BlockNodeDevice(node, name: disk.node, options) }
+        let fact = (key: "kept out", value: kept)
+        if isWritable || disk.isReadOnly {
+            return HeldDevice(try BlockNodeDevice(node, name: disk.node, options), identity: [fact]) {}
+        }
         let ledger = try Self.note(disk)
         let forget: @Sendable () -> Void = {
             for obligation in ledger.obligations { try? ledger.settle(obligation) }
             try? ledger.end()
         }
         do throws(BlockError) {
-            return HeldDevice(try BlockNodeDevice(node, name: disk.node, options), whenClosed: forget)
+            let device = try BlockNodeDevice(node, name: disk.node, options)
+            return HeldDevice(device, identity: [fact], whenClosed: forget)
         } catch {
             forget()
             throw error
@@ -50,7 +59,9 @@ struct HotAddedDisk {
         let (disks, ledger) = try task.attach([image], isWritable: isWritable, isByHand: false)
         do throws(BlockError) {
             let selector = DiskSelector.serial(disks.first?.serial ?? "")
-            let device = try HotAddedDisk(selector: selector, isWritable: isWritable).open()
+            let device = try HotAddedDisk(
+                selector: selector, isWritable: isWritable, isUnprotected: image.isUnprotected
+            ).open()
             return HeldDevice(device) {
                 do throws(BlockError) { try task.release(ledger) } catch {
                     // Nobody is left who could be told otherwise; the ledger still knows of the disk.
