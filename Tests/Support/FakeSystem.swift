@@ -30,7 +30,8 @@ public struct FakeSystem {
     }
 
     /// A SCSI disk behind a host adapter at a place on the PCI bus.
-    public func addDisk(_ name: String, _ address: String, bus: String, driver: String, sectors: Int, minor: Int) throws {
+    public func addDisk(_ name: String, _ address: String, bus: String, driver: String, sectors: Int, minor: Int) throws
+    {
         let host = address.prefix { $0 != ":" }
         let device = "devices/pci0000:00/\(bus)/host\(host)/target\(host):0:0/\(address)"
         try makeDirectories("\(sysfs)/\(device)/block/\(name)/queue")

@@ -192,7 +192,10 @@ private let record = "etc/diskgate/own-disks.json"
             let own = "devices {\n    global_filter = [ \"a|^/dev/|\" ]\n}\n"
             try machine.write("etc/lvm/lvmlocal.conf", own)
             let outcome = try machine.setup().install()
-            #expect(!outcome.isInForce && outcome.problems.contains { $0.contains("\"r|^/dev/sd|\"") }, "\(outcome)")
+            #expect(
+                !outcome.isInForce
+                    && outcome.problems.contains { $0.contains("\"r|^/dev/disk/by-diskgate/kept-out/|\"") },
+                "\(outcome)")
             #expect(try machine.text("etc/lvm/lvmlocal.conf") == own)
         }
     }
@@ -214,7 +217,8 @@ private let record = "etc/diskgate/own-disks.json"
 
     @Test(arguments: [
         ("99-mine.rules", "KERNEL==\"sd*\", ENV{SYSTEMD_READY}=\"1\"\n"),
-        ("01-mine.rules", "ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}=\"\"\n"), ("60-persistent-storage.rules", "# nothing asked\n"),
+        ("01-mine.rules", "ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}=\"\"\n"),
+        ("60-persistent-storage.rules", "# nothing asked\n"),
     ])
     func rulesThatTakeItBackAreFound(name: String, text: String) throws {
         try withMachine { machine in
@@ -253,29 +257,26 @@ private let record = "etc/diskgate/own-disks.json"
         #expect(refusal?.contains(word) == true, "\(refusal ?? "no refusal")")
     }
 
+    @Test(arguments: [("disk/by-diskgate/kept-out/sdb", false), ("disk/by-uuid/1-2-3", true)])
+    func aDiskWithALinkThatAGuestChoseIsRefused(link: String, isRefused: Bool) {
+        let properties = ["DISKGATE_KEPT_OUT": "1", "SYSTEMD_READY": "0"]
+        let refusal = HostProtection.refusal(UdevDatabase.Entry(properties: properties, links: [link]))
+        #expect((refusal != nil) == isRefused, "\(refusal ?? "no refusal")")
+    }
+
     @Test(arguments: [
-        (["a|^/dev/disk/by-diskgate/own/|", "r|^/dev/sd|"], true), (["r|.*|"], true), (["a|.*|"], false),
-        ([], false), (["a|^/dev/sda$|", "r|.*|"], true), (["r/sdy/", "a/sdz/"], false), (["r(sdz)"], true),
+        (["r|^/dev/disk/by-diskgate/kept-out/|"], true), (["r|^/dev/disk/by-diskgate/kept-out/|", "a|.*|"], false),
+        (["r|.*|"], true), (["a|.*|"], false), ([], false), (["a|^/dev/sda$|", "r|.*|"], true),
+        (["a|^/dev/disk/by-id/|", "r(by-diskgate)"], true), (["r/sdy/", "a/sdz/"], false), (["r{sdz}"], true),
     ])
-    func filtersAreReadAsLVMReadsThem(patterns: [String], rejects: Bool) {
-        #expect(LVMFilter.rejects("/dev/sdzz", patterns) == rejects)
-        #expect((LVMFilter(own: []).protection(by: .filter(patterns)) != nil) == rejects)
+    func filtersAreReadAsLVMReadsThem(patterns: [String], isProtected: Bool) {
+        #expect((LVMFilter.protection(by: .filter(patterns)) != nil) == isProtected)
     }
 
     @Test func lvmsWordIsTakenApart() {
         let said = "dir=\"/dev\"\nglobal_filter=[\"a|^/dev/\\\"x|\",\"r|.*|\"]\nuse_devicesfile=1\n"
         #expect(LVMFilter.effective(said, hasDevicesFile: false) == .filter(["a|^/dev/\"x|", "r|.*|"]))
         #expect(LVMFilter.effective(said, hasDevicesFile: true) == .devicesFile)
-    }
-
-    @Test func linksThatGuestsCanMakeAreNotRecorded() {
-        let links = [
-            "disk/by-id/wwn-0x6000c29", "disk/by-id/lvm-pv-uuid-abc", "disk/by-label/root", "disk/by-uuid/1",
-            "disk/by-path/pci-0000:03:00.0-scsi-0:0:0:0", "disk/by-path/pci-0000:03:00.0-scsi-0:0:0:0-part/by-uuid/1",
-        ]
-        #expect(
-            OwnDisk.lasting(links)
-                == ["disk/by-id/wwn-0x6000c29", "disk/by-path/pci-0000:03:00.0-scsi-0:0:0:0"])
     }
 
     @Test func namesAreNoPatterns() {

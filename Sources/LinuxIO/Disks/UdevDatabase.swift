@@ -10,8 +10,10 @@ public struct UdevDatabase: Sendable {
         /// Names of links to the node, beneath /dev: disk/by-id/wwn-0x6000c29012345678.
         public var links: [String] = []
 
-        /// An entry with some properties and no links.
-        public init(properties: [String: String] = [:]) { self.properties = properties }
+        /// An entry with some properties and links.
+        public init(properties: [String: String] = [:], links: [String] = []) {
+            (self.properties, self.links) = (properties, links)
+        }
     }
 
     private let root: String

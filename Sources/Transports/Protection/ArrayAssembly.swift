@@ -58,7 +58,8 @@ struct ArrayAssembly {
         let listed = configuration.split(separator: "\n").filter { !$0.hasPrefix("#") }.joined(separator: "\n")
             .lowercased()
         return running.split(separator: "\n").filter { line in
-            guard line.hasPrefix("ARRAY"), let identity = line.split(separator: " ").first(where: { $0.hasPrefix("UUID=") })
+            guard line.hasPrefix("ARRAY"),
+                let identity = line.split(separator: " ").first(where: { $0.hasPrefix("UUID=") })
             else { return false }
             return !listed.contains(identity.lowercased())
         }.map(String.init)

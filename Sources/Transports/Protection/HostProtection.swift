@@ -58,7 +58,7 @@ public struct HostProtection: Sendable {
         do { bytes = try encoder.encode(ProtectionRecord(disks: disks)) } catch {
             throw BlockError(.invalid, "writing \(path): \(error)")
         }
-        try makeDirectories(directoryName(path), mode: 0o750)
+        try makeDirectories(directoryName(path), mode: 0o755)
         try writeDurably(path, Array(bytes) + [UInt8(ascii: "\n")], mode: 0o644)
     }
 
@@ -77,7 +77,7 @@ public struct HostProtection: Sendable {
         let own = try ownDisks() ?? []
         return [
             try UdevSetting(machine, udev, own: own).finding(try scsiDisks()),
-            try LVMSetting(machine, own: own).finding(asks: asks),
+            try LVMSetting(machine: machine).finding(asks: asks),
             try ArrayAssembly(machine: machine).finding(),
             try MultipathBlacklist(machine: machine).finding(asks: asks),
         ]
@@ -159,8 +159,12 @@ public struct HostProtection: Sendable {
             return "was read by udev all the same, which has found \(type) on it: another rule has it read; "
                 + "diskgate setup --check tells which rules there are"
         }
+        if let link = entry.links.first(where: { !"/dev/\($0)".hasPrefix(UdevRules.links) }) {
+            return "has a link by udev all the same, /dev/\(link): another rule makes it"
+        }
         if entry.properties["SYSTEMD_READY"] != "0" {
-            return "was made known to systemd all the same: another rule says SYSTEMD_READY; diskgate setup --check tells "
+            return
+                "was made known to systemd all the same: another rule says SYSTEMD_READY; diskgate setup --check tells "
                 + "which rules there are"
         }
         return nil

@@ -4,11 +4,12 @@ import Glibc
 import LinuxIO
 
 /// LVM's filter (lvm.conf: devices/global_filter), and the block of lvmlocal.conf that sets it.
-struct LVMFilter {
+enum LVMFilter {
     /// Where LVM reads what holds for one machine; it comes after lvm.conf.
     static let path = "/etc/lvm/lvmlocal.conf"
-    /// What LVM is not to look at, unless an earlier pattern lets it.
-    static let reject = "r|^/dev/sd|"
+    /// What LVM is not to look at. It goes by links that only disks have that are kept out, and not by links of the
+    /// proxy's own: when udev has LVM look at a disk for the first time, it has no links yet (pvscan(8)).
+    static let pattern = "r|^\(UdevRules.links)|"
     /// What LVM says it goes by.
     enum Effective: Equatable {
         /// It uses no other disks than those in its devices file.
@@ -17,64 +18,38 @@ struct LVMFilter {
         case filter([String])
     }
 
-    let own: [OwnDisk]
-
-    /// The patterns: the proxy's own disks by links that say who they are, and no other SCSI disk.
-    var patterns: [String] {
-        let links = own.flatMap(\.links).compactMap { link -> String? in
-            guard let text = Self.expression(link) else { return nil }
-            return "a|^/dev/\(text)(-part[0-9]+)?$|"
-        }
-        return ["a|^/dev/\(UdevRules.ownLinks)/|"] + links + [Self.reject]
-    }
-
-    /// A link's name as an expression that matches it; nil where it has characters that mean too much.
-    private static func expression(_ link: String) -> String? {
-        var text = ""
-        for character in link {
-            guard character.isASCII else { return nil }
-            if character.isLetter || character.isNumber || "/:-_,=@".contains(character) {
-                text.append(character)
-            } else if ".+".contains(character) {
-                text += "[\(character)]"
-            } else {
-                return nil
-            }
-        }
-        return text
-    }
-
     /// The block of lvmlocal.conf.
-    var block: String {
-        let list = patterns.map { "\"\($0)\"" }.joined(separator: ", ")
-        return ManagedText.sealed("\(ManagedText.begin)devices/global_filter = [ \(list) ]\n")
-    }
+    static let block = ManagedText.sealed("\(ManagedText.begin)devices/global_filter = [ \"\(pattern)\" ]\n")
 
     /// Whether what LVM goes by keeps it from disks that are not the proxy's own.
     ///
     /// - Returns: what keeps it away, for people; nil where nothing does.
-    func protection(by effective: Effective) -> String? {
+    static func protection(by effective: Effective) -> String? {
         switch effective {
         case .devicesFile: return "LVM uses only the disks in its devices file"
-        case .filter(let found):
-            if found.starts(with: patterns) { return "devices/global_filter lets only this machine's own SCSI disks" }
-            if Self.rejects("/dev/sdzz", found) && Self.rejects("/dev/sdzz1", found) {
-                return "devices/global_filter is the administrator's own, and refuses SCSI disks it does not know"
+        case .filter(let patterns):
+            if patterns == [pattern] { return "devices/global_filter refuses disks that udev keeps out" }
+            for node in ["sdzz", "sdzz1"] where !rejects(["/dev/\(node)", "\(UdevRules.links)\(node)"], patterns) {
+                return nil
             }
-            return nil
+            return "devices/global_filter is the administrator's own, and refuses disks that udev keeps out"
         }
     }
 
-    /// Whether patterns refuse a node: the first that matches decides, and none lets it pass (lvm.conf(5)).
-    static func rejects(_ node: String, _ patterns: [String]) -> Bool {
-        for pattern in patterns {
-            var text = pattern[...]
-            guard let verdict = text.popFirst(), let delimiter = text.popFirst() else { continue }
-            let close: [Character: Character] = ["(": ")", "[": "]", "{": "}"]
-            guard let end = text.lastIndex(of: close[delimiter] ?? delimiter) else { continue }
-            if matches(String(text[..<end]), node) { return verdict == "r" }
-        }
-        return false
+    /// Whether patterns refuse a disk with these names: for each name the first pattern that matches decides; a disk
+    /// passes by any name that is let, or where none of its names is refused (lvm.conf(5)).
+    static func rejects(_ names: [String], _ patterns: [String]) -> Bool {
+        let verdicts = names.map { name in patterns.compactMap { verdict(of: $0, on: name) }.first }
+        return !verdicts.contains("a") && verdicts.contains("r")
+    }
+
+    /// What a pattern says of a name: `a` or `r`; nil where it does not match.
+    private static func verdict(of pattern: String, on name: String) -> Character? {
+        var text = pattern[...]
+        guard let verdict = text.popFirst(), let delimiter = text.popFirst() else { return nil }
+        let close: [Character: Character] = ["(": ")", "[": "]", "{": "}"]
+        guard let end = text.lastIndex(of: close[delimiter] ?? delimiter) else { return nil }
+        return matches(String(text[..<end]), name) ? verdict : nil
     }
 
     private static func matches(_ expression: String, _ text: String) -> Bool {
@@ -115,17 +90,17 @@ struct LVMFilter {
         return found
     }
 
+    /// What to do where the administrator has a filter.
+    static let advice =
+        "LVM has a devices/global_filter that lets disks in that are kept out; put \"\(pattern)\" first in it, and "
+        + "take out what lets SCSI disks in by their nodes (a|/dev/sd.*|, a|.*|), since any name that is let is enough"
+
     /// What lvmlocal.conf has to become: with our block, instead of an earlier one, at its end.
     ///
     /// - Throws: `.denied` when somebody has changed the block, or sets a filter behind or instead of it.
-    func placed(in text: String) throws(BlockError) -> String {
-        let rest = try Self.withoutBlock(text)
-        if Self.setsFilter(rest[...]) {
-            throw BlockError(
-                .denied,
-                "setting LVM's filter in \(Self.path): it sets a global_filter of its own; put these patterns first "
-                    + "there: \(patterns.map { "\"\($0)\"" }.joined(separator: ", "))")
-        }
+    static func placed(in text: String) throws(BlockError) -> String {
+        let rest = try withoutBlock(text)
+        if setsFilter(rest[...]) { throw BlockError(.denied, "setting LVM's filter in \(path): \(advice)") }
         return rest + (rest.isEmpty || rest.hasSuffix("\n") ? "" : "\n") + block
     }
 
@@ -144,9 +119,9 @@ struct LVMFilter {
     }
 
     /// Whether our block is in a text as it should be, and nothing after it sets another filter.
-    func isPlaced(in text: String) -> Bool {
+    static func isPlaced(in text: String) -> Bool {
         guard let found = ManagedText.block(in: text), found == block else { return false }
-        return !Self.setsFilter(text[found.endIndex...])
+        return !setsFilter(text[found.endIndex...])
     }
 
     private static func setsFilter(_ text: Substring) -> Bool {

@@ -6,12 +6,6 @@ import LinuxIO
 /// LVM's configuration on a machine.
 struct LVMSetting {
     let machine: Machine
-    let filter: LVMFilter
-
-    init(_ machine: Machine, own: [OwnDisk]) {
-        self.machine = machine
-        filter = LVMFilter(own: own)
-    }
 
     /// Whether LVM is here.
     var isNeeded: Bool { machine.program("lvm") != nil }
@@ -38,18 +32,15 @@ struct LVMSetting {
     /// - Throws: `.denied` where the administrator's own settings stand against it, or why it could not be written.
     func install() throws(BlockError) -> Bool {
         let before = try text()
-        if filter.isPlaced(in: before) { return false }
+        if LVMFilter.isPlaced(in: before) { return false }
         if ManagedText.block(in: before) == nil {
             let effective = try effective()
-            if filter.protection(by: effective) != nil { return false }
+            if LVMFilter.protection(by: effective) != nil { return false }
             if case .filter(let patterns) = effective, !patterns.isEmpty {
-                throw BlockError(
-                    .denied,
-                    "setting LVM's filter: LVM has a devices/global_filter, which lets every SCSI disk; put these "
-                        + "patterns first there: \(filter.patterns.map { "\"\($0)\"" }.joined(separator: ", "))")
+                throw BlockError(.denied, "setting LVM's filter: \(LVMFilter.advice)")
             }
         }
-        let after = try filter.placed(in: before)
+        let after = try LVMFilter.placed(in: before)
         try makeDirectories(directoryName(path), mode: 0o755)
         try writeDurably(path, Array(after.utf8), mode: 0o644)
         return true
@@ -77,11 +68,11 @@ struct LVMSetting {
     /// - Parameter asks: whether to ask LVM even where our block is in place.
     func finding(asks: Bool) throws(BlockError) -> ProtectionFinding {
         guard isNeeded else { return ProtectionFinding(.lvm, .notNeeded, "there is no LVM here") }
-        let isPlaced = filter.isPlaced(in: try text())
+        let isPlaced = LVMFilter.isPlaced(in: try text())
         if isPlaced && !asks {
-            return ProtectionFinding(.lvm, .inForce, "\(LVMFilter.path) lets only this machine's own SCSI disks")
+            return ProtectionFinding(.lvm, .inForce, "\(LVMFilter.path) refuses disks that udev keeps out")
         }
-        if let protection = filter.protection(by: try effective()) {
+        if let protection = LVMFilter.protection(by: try effective()) {
             return ProtectionFinding(.lvm, .inForce, protection)
         }
         return ProtectionFinding(

@@ -1,5 +1,4 @@
 // A SCSI disk of the proxy's own, by what stays the same of it: every other one is a guest's, and is kept out.
-import Block
 public import LinuxIO
 
 /// A disk of the proxy's own, as `setup` has recorded it.
@@ -18,15 +17,13 @@ public struct OwnDisk: Sendable, Codable, Equatable {
     public var model: String?
     /// Bytes on it when it was recorded, for people: disks grow.
     public var size: UInt64
-    /// udev's links to it, beneath /dev, by which programs can be told of it.
-    public var links: [String]
     /// Why it is one of the proxy's own: where it is mounted, what holds it, or that somebody has named it.
     public var reason: String
 
     /// Records a disk.
     ///
     /// - Returns: nil for what is no SCSI disk, which nothing keeps out.
-    public init?(_ disk: AttachedDisk, links: [String], reason: String) {
+    public init?(_ disk: AttachedDisk, reason: String) {
         guard let address = disk.address else { return nil }
         wwid = disk.kernelName
         bus = disk.controller?.address
@@ -36,16 +33,7 @@ public struct OwnDisk: Sendable, Codable, Equatable {
         let kind = [disk.vendor, disk.model].compactMap(\.self).joined(separator: " ")
         model = kind.isEmpty ? nil : kind
         size = disk.size
-        self.links = Self.lasting(links)
         self.reason = reason
-    }
-
-    /// Those of a disk's links that say who or where it is, and not what lies on it.
-    static func lasting(_ links: [String]) -> [String] {
-        links.filter { link in
-            if let path = link.after("disk/by-path/") { return !path.contains("/") }
-            return link.hasPrefix("disk/by-id/") && !link.contains("/lvm-pv-uuid-") && !link.contains("/dm-")
-        }.sorted()
     }
 
     /// Adapters of virtual machines, and the chipset's: a place on them is one slot, which no other disk can have while

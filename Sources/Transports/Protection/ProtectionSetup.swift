@@ -66,7 +66,7 @@ public struct ProtectionSetup {
         var done: [String] = []
         var problems: [String] = []
         let before = try protection.ownDisks()
-        var own = try record(before, keep: keep, drop: drop)
+        let own = try record(before, keep: keep, drop: drop)
         func attempt(_ what: String, _ body: () throws(BlockError) -> Bool) {
             do throws(BlockError) { if try body() { done.append(what) } } catch { problems.append(error.message) }
         }
@@ -75,13 +75,7 @@ public struct ProtectionSetup {
             done.append("recorded \(own.count) of this machine's own disks in \(HostProtection.recordPath)")
         }
         attempt("wrote \(UdevRules.path)") { () throws(BlockError) in try installRule(own) }
-        // What is recorded of links comes from udev, which has none for a disk that was kept out until now.
-        let linked = try refreshed(own)
-        if linked != own {
-            own = linked
-            try protection.note(own)
-        }
-        let lvm = LVMSetting(machine, own: own)
+        let lvm = LVMSetting(machine: machine)
         let arrays = ArrayAssembly(machine: machine)
         let multipath = MultipathBlacklist(machine: machine)
         if lvm.isNeeded {
@@ -123,8 +117,7 @@ public struct ProtectionSetup {
         var own = before ?? []
         func add(_ disk: AttachedDisk, _ reason: String) {
             if own.contains(where: { $0.isSame(as: disk) }) { return }
-            let links = protection.udev.entry(major: disk.major, minor: disk.minor)?.links ?? []
-            if let disk = OwnDisk(disk, links: links, reason: reason) { own.append(disk) }
+            if let disk = OwnDisk(disk, reason: reason) { own.append(disk) }
         }
         if before == nil {
             for disk in disks where !isAdded(disk) { if let use = inUse(disk, all) { add(disk, use) } }
@@ -141,7 +134,8 @@ public struct ProtectionSetup {
             let meant = disks.filter { selector.matches($0) }
             if let disk = meant.first(where: { inUse($0, all) != nil }) {
                 throw BlockError(
-                    .denied, "dropping \(selector): \(disk.node) is in use (\(inUse(disk, all) ?? "")): release it first")
+                    .denied,
+                    "dropping \(selector): \(disk.node) is in use (\(inUse(disk, all) ?? "")): release it first")
             }
             let count = own.count
             own.removeAll { recorded in
@@ -178,20 +172,6 @@ public struct ProtectionSetup {
         return isNew
     }
 
-    /// Own disks with the links that udev has made for them by now.
-    private func refreshed(_ own: [OwnDisk]) throws(BlockError) -> [OwnDisk] {
-        let disks = try protection.scsiDisks()
-        return own.map { recorded in
-            var disk = recorded
-            for present in disks where recorded.isSame(as: present) {
-                guard let entry = protection.udev.entry(major: present.major, minor: present.minor) else { continue }
-                let links = OwnDisk.lasting(entry.links)
-                if !links.isEmpty { disk.links = links }
-            }
-            return disk
-        }
-    }
-
     // MARK: - Removing
 
     /// Takes away what `install` has written, and the record.
@@ -215,7 +195,7 @@ public struct ProtectionSetup {
         }
         multipath.reload()
         attempt("removed LVM's filter from \(LVMFilter.path)") { () throws(BlockError) in
-            try LVMSetting(machine, own: []).remove()
+            try LVMSetting(machine: machine).remove()
         }
         let rule = UdevSetting(machine, protection.udev, own: []).file
         attempt("removed \(rule.path)") { () throws(BlockError) in try rule.remove() }

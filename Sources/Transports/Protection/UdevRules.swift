@@ -9,8 +9,8 @@ enum UdevRules {
     static let mark = "DISKGATE_KEPT_OUT"
     /// What udev notes of the proxy's own.
     static let ownMark = "DISKGATE_OWN"
-    /// Where the links to the proxy's own disks are, beneath /dev.
-    static let ownLinks = "disk/by-diskgate/own"
+    /// Where the only links to disks that are kept out are: LVM goes by names of nodes.
+    static let links = "/dev/disk/by-diskgate/kept-out/"
 
     /// What switches the rule off on the kernel's command line, with `=off`.
     static let bootOption = "diskgate_keep_out"
@@ -32,7 +32,7 @@ enum UdevRules {
         ]
         for disk in own { lines += matches(disk) }
         lines += [
-            "", "# All others: nothing reads what lies on them, and no link leads to them.",
+            "", "# All others: nothing reads what lies on them, and no link leads to them but one for LVM's filter.",
             "ENV{\(mark)}=\"1\"",
             "ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}=\"1\"",
             "ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}=\"1\"",
@@ -40,10 +40,10 @@ enum UdevRules {
             "ENV{SYSTEMD_READY}=\"0\"",
             "ENV{UDISKS_IGNORE}=\"1\"",
             "OPTIONS:=\"nowatch\"",
-            "SYMLINK:=\"\"",
+            "SYMLINK:=\"\(links.dropFirst("/dev/".count))%k\"",
             "GOTO=\"diskgate_end\"",
             "", "LABEL=\"diskgate_own\"",
-            "ENV{\(ownMark)}=\"1\", SYMLINK+=\"\(ownLinks)/%k\"",
+            "ENV{\(ownMark)}=\"1\"",
             "LABEL=\"diskgate_end\"",
         ]
         return ManagedText.sealed(lines.map { "\($0)\n" }.joined())

@@ -30,7 +30,8 @@ extension SourceReference {
         let parts = (text.after("hotadd:") ?? text[...]).split(separator: "=", maxSplits: 1)
         if parts.count == 2, let disk = try diskSelector(parts[0], String(parts[1]), of: text) { return disk }
         throw BlockError(
-            .invalid, "\(text) names no disk: write /dev/NODE, serial=SERIAL, wwn=NAME or hctl=HOST:CHANNEL:TARGET:UNIT")
+            .invalid, "\(text) names no disk: write /dev/NODE, serial=SERIAL, wwn=NAME or hctl=HOST:CHANNEL:TARGET:UNIT"
+        )
     }
 
     /// A disk picked out by `serial=`, `wwn=` or `hctl=`; nil where the key is another.
