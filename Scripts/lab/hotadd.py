@@ -27,6 +27,7 @@ class HotAddLab(labtest.Lab):
     """The VM, and diskgate in it with a way to the monitor of its own QEMU."""
 
     programs = ("nbdcopy",)
+    files_carried = labtest.OPENSSL
 
     def prepare(self):
         super().prepare()
@@ -62,7 +63,8 @@ class HotAddLab(labtest.Lab):
             with contextlib.suppress(LabError, OSError):
                 self.diskgate("detach --all --force")
             raise
-        self.diskgate("detach " + " ".join(disk["serial"] for disk in disks))
+        if disks:
+            self.diskgate("detach " + " ".join(disk["serial"] for disk in disks))
 
     def copied(self, port=None):
         """The digest of what nbdcopy reads on this machine from the guest's server."""

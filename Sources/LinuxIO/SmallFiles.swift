@@ -3,7 +3,7 @@ public import Block
 import Glibc
 
 /// A small text file without the white space around it, nil when it cannot be read.
-func readText(_ path: String) -> String? {
+public func readText(_ path: String) -> String? {
     guard let bytes = try? readSmallFile(path) else { return nil }
     var text = Substring(decoding: bytes, as: UTF8.self)
     while let last = text.last, last.isWhitespace || last == "\0" { text.removeLast() }

@@ -19,6 +19,10 @@ public struct DiskSpecification: Sendable {
 
     /// The source.
     public var source: SourceReference
+    /// Other sources of the same disk, to be tried in order when it cannot be had from `source`.
+    public var alternatives: [SourceReference] = []
+    /// The transports that may be used, in the order in which they are wanted; nil for the order of the sources.
+    public var transports: TransportOrder?
     /// How the source may be changed.
     public var access = Access.readOnly
     /// Number of the partition to take; nil for the whole disk.
@@ -43,10 +47,12 @@ public struct DiskSpecification: Sendable {
     /// A source as it is, read-only.
     public init(_ source: SourceReference) { self.source = source }
 
-    /// Opens the source and lays over it, from below: faults, partition, offset and length, size, overlay.
+    /// Opens the source and lays over it, from below: faults, partition, offset and length, size, overlay. Of several
+    /// sources it is the first that can be opened and read from.
     ///
     /// - Throws: `BlockError` of whatever could not be opened.
     public func open() throws(BlockError) -> any BlockDevice {
+        if !alternatives.isEmpty || transports != nil { return try openChosen().opened }
         let source = fingerprints.isEmpty ? source : try source.pinned(to: fingerprints)
         var device = try source.open(writable: access == .writable, imageDirectories: imageDirectories)
         if !faults.isEmpty { device = FaultDevice(device, plan: FaultPlan(faults)) }
@@ -76,6 +82,13 @@ public struct DiskSpecification: Sendable {
                     + "(an overlay keeps what is written in scratch space)")
         }
         return device
+    }
+
+    /// Opens the disk, and tells which of its sources it came from.
+    ///
+    /// - Throws: as `open`.
+    public func openChosen() throws(BlockError) -> Chosen<any BlockDevice> {
+        try openFirst({ (disk) throws(BlockError) in try disk.open() }, device: { $0 })
     }
 
     /// Opens the source for writing, with checkpoints in a directory.
@@ -139,7 +152,12 @@ extension SourceReference {
                         + "scratch space)")
             }
             return try point.open()
-        case .san(let reference): return try openSAN(reference, writable: writable)
+        case .san(let reference):
+            return try openSAN(reference, writable: writable, imageDirectories: imageDirectories)
+        case .iscsi(let reference):
+            let file = ResolvedFile(
+                device: try ISCSIDevice(reference, isWritable: writable), identity: "\(reference)", resolver: nil)
+            return try openDisk(file, try formatHint() ?? .guess(name: reference.target, isNodeOrRemote: true))
         case .hotAdd(let reference): return try openHotAdded(reference, writable: writable)
         case .nbd(let uri):
             let device = try NBDDevice.open(uri, isWritable: writable)
@@ -173,21 +191,6 @@ extension SourceReference {
             device: device, identity: isNode ? "node \(status.st_rdev)" : "\(status.st_dev):\(status.st_ino)",
             resolver: DirectoryResolver(directory: directory, allowed: allowed, options: siblingOptions))
         return try openDisk(file, decided)
-    }
-
-    private func openHotAdded(_ reference: HotAddReference, writable: Bool) throws(BlockError) -> any BlockDevice {
-        switch reference {
-        case .present(let selector):
-            try allow(["timeout", "unprotected"])
-            guard let seconds = Double(parameter("timeout") ?? "\(HotAddedDisk.patience)"), (0...3600).contains(seconds)
-            else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
-            let disk = HotAddedDisk(
-                selector: selector, isWritable: writable, isUnprotected: try flag("unprotected"))
-            return try disk.open(seconds: seconds)
-        case .image(let image):
-            try checkImage(image)
-            return try HotAddedDisk.open(image, isWritable: writable)
-        }
     }
 
     /// What format= says; nil without it.

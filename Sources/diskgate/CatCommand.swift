@@ -12,7 +12,8 @@ struct CatCommand: ParsableCommand {
     func run() throws {
         // Ends silently when the reader has enough, as every other program in a pipe, whatever the parent set.
         signal(SIGPIPE, SIG_DFL)
-        try source.open().forEachPiece { (bytes) throws(BlockError) in
+        let opened = try source.open()
+        try opened.device.forEachPiece { (bytes) throws(BlockError) in
             var done = 0
             while done < bytes.count {
                 let written = Glibc.write(STDOUT_FILENO, bytes.baseAddress?.advanced(by: done), bytes.count - done)
@@ -23,6 +24,7 @@ struct CatCommand: ParsableCommand {
                 }
             }
         }
+        try opened.finish()
     }
 }
 

@@ -22,14 +22,17 @@ struct ChecksumCommand: ParsableCommand {
     }
 
     func run() throws {
-        let device = try source.open()
+        let opened = try source.open()
+        let device = opened.device
         var digest = try Digest(algorithm)
         try device.forEachPiece { (bytes) throws(BlockError) in try digest.update(bytes) }
         let text = try digest.finish()
         if report.json {
-            return try printJSON(
+            try printJSON(
                 Report(algorithm: algorithm, checksum: text, name: device.info.name, size: device.info.size))
+        } else {
+            print("\(text)  \(source.source)")
         }
-        print("\(text)  \(source.source)")
+        try opened.finish()
     }
 }

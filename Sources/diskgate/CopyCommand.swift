@@ -23,7 +23,7 @@ struct CopyCommand: ParsableCommand {
     @Argument(help: "Where to copy to.")
     var destination: String
 
-    @Option(help: "The format to write: raw or qcow2 (stream-optimized-vmdk cannot be written yet).")
+    @Option(help: "The format to write: raw, qcow2 or stream-optimized-vmdk.")
     var toFormat: String?
 
     @Flag(help: "Compress a qcow2 image (zstd).")
@@ -64,6 +64,9 @@ struct CopyCommand: ParsableCommand {
             valueName: "bytes"))
     var journalEvery: ByteArgument?
 
+    @Flag(help: "Do not wait for the storage: a new file is complete when the system has all of it in memory.")
+    var noFlush = false
+
     @Flag(help: "Write zeros among the data as they are, instead of as holes.")
     var keepZeros = false
 
@@ -99,24 +102,25 @@ struct CopyCommand: ParsableCommand {
         request.options.retries = max(0, retries)
         request.options.bytesPerSecondMax = limitRate?.bytes
         request.options.detectsZeros = !keepZeros
+        request.options.isDurable = !noFlush
         if let journalEvery { request.options.checkpointBytes = max(journalEvery.bytes, 1) }
         return request
     }
 
     private func format(of destination: CopyDestination) throws -> CopyFormat {
-        if toFormat == "stream-optimized-vmdk" {
-            throw BlockError(
-                .unsupported, "copying to stream-optimized-vmdk: this version of diskgate cannot write that yet")
-        }
         guard let format = CopyFormat(rawValue: toFormat ?? "raw") else {
-            throw ValidationError("--to-format \(toFormat ?? "") is no format that can be written: raw, qcow2")
+            throw ValidationError(
+                "--to-format \(toFormat ?? "") is no format that can be written: raw, qcow2, "
+                    + "stream-optimized-vmdk")
         }
         if compress && format != .qcow2 { throw ValidationError("--compress needs --to-format qcow2") }
         if case .file(let path) = destination, toFormat == nil,
             let suffix = [".qcow2", ".vmdk", ".vdi", ".vhdx"].first(where: { path.hasSuffix($0) })
         {
             throw ValidationError(
-                "\(path) ends in \(suffix), but a raw disk would be written there: say --to-format qcow2 or raw")
+                "\(path) ends in \(suffix), but a raw disk would be written there: say "
+                    + "--to-format with raw or another format"
+            )
         }
         return format
     }

@@ -33,30 +33,40 @@ struct DiskgateCommand: ParsableCommand {
             CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
             PruneCommand.self, PinCommand.self, UnpinCommand.self, MountCommand.self, UnmountCommand.self,
             FreezeGuardCommand.self, SnapshotCommand.self, CheckpointsCommand.self, DisksCommand.self,
-            AttachCommand.self, DetachCommand.self, LsCommand.self, SetupCommand.self,
+            AttachCommand.self, DetachCommand.self, LsCommand.self, CheckCommand.self, SetupCommand.self,
         ])
 
     static func main() {
         Repository.openPointSources()
         Hypervisors.openHotAddControllers()
+        let status = perform()
+        ProcessLeases.releaseAll()
+        Glibc.exit(status)
+    }
+
+    /// Runs the command that the arguments name.
+    ///
+    /// - Returns: the exit status.
+    private static func perform() -> Int32 {
         do {
             var command = try parseAsRoot()
             try command.run()
+            return 0
         } catch let error as BlockError {
             writeError("diskgate: \(error.message)")
-            Glibc.exit(1)
+            return 1
         } catch let error as ExitCode {
-            Glibc.exit(error.rawValue)
+            return error.rawValue
         } catch {
             let status = exitCode(for: error)
             let message = fullMessage(for: error)
             if status == .success {
                 print(message)
-                Glibc.exit(0)
+                return 0
             }
             if !message.isEmpty { writeError(message) }
             // Argument errors are 64 in the library; a usage error is 2 here, as in every other Unix tool.
-            Glibc.exit(2)
+            return 2
         }
     }
 }
@@ -88,17 +98,61 @@ struct SourceArguments: ParsableArguments {
     @Argument(help: "A path or a URI of a disk.")
     var source: String
 
+    @OptionGroup var alternatives: AlternativeArguments
     @OptionGroup var part: PartArguments
     @OptionGroup var trust: TrustArguments
 
     func specification() throws -> DiskSpecification {
         var disk = DiskSpecification(try SourceReference(source))
         disk.fingerprints = try trust.fingerprints()
+        try alternatives.apply(to: &disk)
         part.apply(to: &disk)
         return disk
     }
 
-    func open() throws -> any BlockDevice { try specification().open() }
+    /// Opens the disk; of several sources the first that can be, and says on standard error why not those before it.
+    func open() throws -> OpenedSource {
+        let disk = try specification()
+        try giveBackOnSignals([disk.source] + disk.alternatives)
+        let chosen = try disk.openChosen()
+        report(chosen.choice)
+        return OpenedSource(device: chosen.opened, choice: chosen.choice)
+    }
+}
+
+/// A disk that a command has opened, and which of its sources it came from.
+struct OpenedSource {
+    let device: any BlockDevice
+    let choice: TransportChoice
+
+    /// Ends a command whose work is done: with status 3 where the disk did not come as it was wanted most.
+    func finish() throws { if choice.isDowngraded { throw ExitCode(3) } }
+}
+
+/// Says why a disk did not come as it was wanted most.
+func report(_ choice: TransportChoice) {
+    for reason in choice.reasons { writeError("diskgate: not over \(reason)") }
+}
+
+/// Other ways to the same disk.
+struct AlternativeArguments: ParsableArguments {
+    @Option(
+        name: .customLong("or"),
+        help: ArgumentHelp(
+            "Another source of the same disk, taken when those before it cannot be opened and read from. May be "
+                + "repeated.", valueName: "source"))
+    var others: [String] = []
+
+    @Option(
+        help: ArgumentHelp(
+            "Use these transports only, in this order: san:hotadd:nbdssl:nbd:file, or some of them.",
+            valueName: "order"))
+    var transports: String?
+
+    func apply(to disk: inout DiskSpecification) throws {
+        disk.alternatives = try others.map { try SourceReference($0) }
+        disk.transports = try transports.map { try TransportOrder($0) }
+    }
 }
 
 /// Which part of a disk is meant.

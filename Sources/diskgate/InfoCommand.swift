@@ -31,6 +31,25 @@ struct InfoCommand: ParsableCommand {
         var identity: [String: String]
         var partitionTable: String?
         var partitions: [PartitionReport]
+        var transport: TransportChoice
+
+        init(_ info: DeviceInfo, _ table: PartitionTable?, _ choice: TransportChoice) {
+            name = info.name
+            format = info.format
+            size = info.size
+            minimumBlock = info.minimumBlock
+            preferredBlock = info.preferredBlock
+            rotational = info.isRotational
+            dirtyBitmaps = info.dirtyBitmaps
+            identity = Dictionary(info.identity.map { ($0.key, $0.value) }, uniquingKeysWith: { first, _ in first })
+            partitionTable = table?.scheme.rawValue
+            partitions = (table?.partitions ?? []).map {
+                PartitionReport(
+                    number: $0.number, offset: $0.range.lowerBound, length: $0.range.count64, type: $0.type,
+                    typeName: $0.typeName, name: $0.name, problem: $0.problem)
+            }
+            transport = choice
+        }
     }
 
     private struct PartitionReport: Encodable {
@@ -62,28 +81,29 @@ struct InfoCommand: ParsableCommand {
         }
     }
 
+    func validate() throws {
+        if list && !source.alternatives.others.isEmpty {
+            throw ValidationError("--list asks one server: leave out --or.")
+        }
+    }
+
     func run() throws {
         if list { return try printList() }
-        let device = try source.open()
-        let info = device.info
+        let opened = try source.open()
+        let device = opened.device
         // A table that cannot be read concerns nobody who wants to know what the disk is.
         let table = try? PartitionTable.read(from: device)
         if report.json {
-            return try printJSON(
-                Report(
-                    name: info.name, format: info.format, size: info.size, minimumBlock: info.minimumBlock,
-                    preferredBlock: info.preferredBlock, rotational: info.isRotational,
-                    dirtyBitmaps: info.dirtyBitmaps,
-                    identity: Dictionary(
-                        info.identity.map { ($0.key, $0.value) }, uniquingKeysWith: { first, _ in first }),
-                    partitionTable: table?.scheme.rawValue,
-                    partitions: (table?.partitions ?? []).map {
-                        PartitionReport(
-                            number: $0.number, offset: $0.range.lowerBound, length: $0.range.count64, type: $0.type,
-                            typeName: $0.typeName, name: $0.name, problem: $0.problem)
-                    }))
+            try printJSON(Report(device.info, table, opened.choice))
+        } else {
+            show(device.info, table, opened.choice)
         }
+        try opened.finish()
+    }
+
+    private func show(_ info: DeviceInfo, _ table: PartitionTable?, _ choice: TransportChoice) {
         print("name:            \(info.name)")
+        if choice.chosen != nil { print("transport:       \(choice.summary)") }
         print("format:          \(info.format)")
         print("size:            \(info.size) bytes (\(readable(info.size)))")
         print("minimum block:   \(info.minimumBlock) bytes")

@@ -29,7 +29,8 @@ struct MapCommand: ParsableCommand {
     }
 
     func run() throws {
-        let device = try source.open()
+        let opened = try source.open()
+        let device = opened.device
         let contexts = MetaContext.contexts(of: device.info)
         guard let chosen = contexts.first(where: { $0.name == context }) else {
             throw BlockError(
@@ -50,6 +51,7 @@ struct MapCommand: ParsableCommand {
             position = end
         }
         try printer.finish()
+        try opened.finish()
     }
 
     /// Joins runs over the limits of single answers and prints them.

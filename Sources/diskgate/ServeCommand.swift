@@ -57,6 +57,7 @@ struct ServeCommand: ParsableCommand {
             valueName: "bytes"))
     var scratchReserve: ByteArgument?
 
+    @OptionGroup var alternatives: AlternativeArguments
     @OptionGroup var part: PartArguments
     @OptionGroup var trust: TrustArguments
 
@@ -135,6 +136,9 @@ struct ServeCommand: ParsableCommand {
         if sources.isEmpty && control == nil {
             throw ValidationError("Give a source to serve, or --control to add some later.")
         }
+        if !alternatives.others.isEmpty && (sources.count != 1 || checkpoints != nil) {
+            throw ValidationError("--or names the disk of one source again, and that without --checkpoints.")
+        }
         if name.count > sources.count { throw ValidationError("There are more names than sources.") }
         if description.count > sources.count { throw ValidationError("There are more descriptions than sources.") }
         if stdio && (!listen.isEmpty || command != nil || control != nil || exitWithLast || metrics != nil) {
@@ -154,6 +158,14 @@ struct ServeCommand: ParsableCommand {
     private func request() throws -> ServeRequest {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
+        let references = try sources.flatMap { (source) -> [SourceReference] in
+            let disk = try disk(source)
+            return [disk.source] + disk.alternatives
+        }
+        if references.contains(where: \.isHotAdded) {
+            // A server waits for its end by itself, once it is one.
+            if stdio { try giveBackOnSignals(references) } else { blockEndingSignals() }
+        }
         for (index, source) in sources.enumerated() {
             let device: any BlockDevice
             if let checkpoints {
@@ -162,7 +174,9 @@ struct ServeCommand: ParsableCommand {
                 request.checkpointed[exportName(index)] = disk
                 device = disk.device
             } else {
-                device = try disk(source).open()
+                let chosen = try disk(source).openChosen()
+                report(chosen.choice)
+                device = chosen.opened
             }
             request.exports.append(
                 try Export(
@@ -196,6 +210,7 @@ struct ServeCommand: ParsableCommand {
     private func disk(_ source: String) throws -> DiskSpecification {
         var disk = DiskSpecification(try SourceReference(source))
         disk.access = writable ? .writable : overlay ? .overlay : .readOnly
+        try alternatives.apply(to: &disk)
         part.apply(to: &disk)
         disk.fingerprints = try trust.fingerprints()
         disk.size = size?.bytes

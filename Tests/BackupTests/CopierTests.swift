@@ -30,7 +30,6 @@ private final class ForgetfulTarget: CopyTarget {
     let name = "forgetful"
     let size: UInt64
     let granularity: UInt64 = 4096
-    let writeMax = 1 << 20
     let isSequential = false
     let flushes = Locked(0)
 

@@ -49,6 +49,17 @@ private struct SlowCopy {
         _ = try python("import json; assert json.loads(sys.argv[1])['bytesResumed'] >= 2 << 20", outcome.text)
     }
 
+    @Test func `a copy that is not flushed leaves nothing when it is stopped`() throws {
+        let copy = try SlowCopy()
+        let errors = try namelessFile()
+        defer { close(errors) }
+        let pid = try Tool.diskgate.start(copy.arguments("--no-flush"), output: errors, errors: errors)
+        #expect(eventually { access("\(copy.path).partial", F_OK) == 0 })
+        kill(pid, SIGTERM)
+        #expect(try waitForEnd(of: pid, what: "the copy") == 1)
+        #expect(try run("ls", copy.folder.path).text.isEmpty)
+    }
+
     @Test func `killed again and again, it ends with the same bytes`() throws {
         let copy = try SlowCopy()
         _ = try copy.interrupt(with: SIGKILL, lines: 1)

@@ -7,6 +7,7 @@ import Testing
 
     @Test(arguments: [
         [], ["--workers", "1"], ["--workers", "4"], ["--keep-zeros"], ["--verify"], ["--limit-rate", "200M"],
+        ["--no-flush"],
     ])
     func `a file is copied to a new file`(_ options: [String]) throws {
         let folder = try Folder()
@@ -139,8 +140,11 @@ import Testing
     /// Arguments, and the exit status that they lead to.
     private static let refused: [(arguments: String, status: Int32)] = [
         ("pattern:1M x.qcow2", 2), ("pattern:1M x.raw --to-format vhd", 2),
-        ("pattern:1M x.vmdk --to-format stream-optimized-vmdk", 1), ("pattern:1M memory:1M", 1),
+        ("pattern:1M x.vmdk --to-format stream-optimized-vmdk --resume", 1), ("pattern:1M x.vmdk", 2),
+        ("pattern:1M - --to-format stream-optimized-vmdk --resume", 1), ("pattern:1M memory:1M", 1),
         ("pattern:1M - --verify", 1), ("pattern:1M x.raw --changed b", 1), ("pattern:1M x.raw --workers 0", 1),
+        ("pattern:1M x.raw --no-flush --verify", 1), ("pattern:1M x.raw --no-flush --journal x.j", 1),
+        ("pattern:1M x.qcow2 --no-flush --to-format qcow2", 1), ("pattern:1M - --no-flush", 1),
         ("pattern:1M x.raw --compress", 2), ("pattern:1M", 2), ("pattern:1M /var/tmp", 1),
     ]
 

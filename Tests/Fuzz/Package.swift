@@ -33,6 +33,7 @@ let package = Package(
             ], cSettings: gnuSource, swiftSettings: settings),
         fuzzer("ClientFuzz", ["LinuxIO", "NBD"]),
         fuzzer("DomainFuzz", ["Hypervisors"]),
+        fuzzer("InventoryFuzz", ["LinuxIO", "Transports"]),
         fuzzer("JournalFuzz", ["Backup", "LinuxIO"]),
         fuzzer("LedgerFuzz", ["LinuxIO", "Transports"]),
         fuzzer("ManifestFuzz", ["Backup", "LinuxIO"]),
@@ -43,6 +44,8 @@ let package = Package(
         fuzzer("SidecarFuzz", ["Backup", "LinuxIO"]),
         fuzzer("StartTLSFuzz", ["LinuxIO", "NBD"]),
         fuzzer("TransmissionFuzz", ["LinuxIO", "NBD"]),
+        fuzzer("VMDKDescriptorFuzz", ["Formats"]),
+        fuzzer("VMDKFuzz", ["Formats"]),
         fuzzer("VMFSFuzz", ["Formats"]),
     ],
     swiftLanguageModes: [.v6]

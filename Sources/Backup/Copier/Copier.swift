@@ -59,6 +59,8 @@ public struct CopyOptions: Sendable {
     public var detectsZeros = true
     /// Bytes to read per second at most; nil for as fast as it goes.
     public var bytesPerSecondMax: UInt64?
+    /// Whether the copy ends only when all of it is on stable storage. Otherwise the system writes it when it likes.
+    public var isDurable = true
     /// Ranges that are on the target already.
     public var finished = FinishedRanges()
     /// Told what has reached the target.
@@ -114,7 +116,7 @@ public final class Copier: Sendable {
         crew = CopyCrew(source, context, target, options)
     }
 
-    /// Copies. Blocks until everything is on the target and durable, or something went wrong.
+    /// Copies. Blocks until everything is on the target, and durable where that is asked for, or something went wrong.
     ///
     /// - Parameters:
     ///   - progress: called about ten times a second on this thread.
@@ -139,7 +141,7 @@ public final class Copier: Sendable {
             var current = crew.current
             current.seconds = monotonicSeconds() - start
             progress(current)
-            target.startFlushing()
+            if options.isDurable { target.startFlushing() }
             let isDue =
                 current.doneBytes - current.resumedBytes - last.bytes >= options.checkpointBytes
                 || monotonicSeconds() - last.seconds >= options.checkpointSeconds
@@ -169,7 +171,7 @@ public final class Copier: Sendable {
             throw failure
         }
         try source.device.confirm()
-        try target.flush()
+        if options.isDurable { try target.flush() }
         var result = crew.current
         result.seconds = monotonicSeconds() - start
         progress(result)
@@ -181,7 +183,7 @@ public final class Copier: Sendable {
     private func makeDurable(_ hasLost: inout Bool, _ checkpoint: (UInt64) throws(BlockError) -> Void)
         throws(BlockError)
     {
-        if target.isSequential || hasLost { return }
+        if target.isSequential || hasLost || !options.isDurable { return }
         let end = crew.settledEnd
         do throws(BlockError) {
             try target.flush()

@@ -4,7 +4,7 @@ import Formats
 import Glibc
 import LinuxIO
 public import NBD
-import Transports
+public import Transports
 
 /// Where a copy goes.
 public enum CopyDestination: Sendable, Equatable {
@@ -16,6 +16,8 @@ public enum CopyDestination: Sendable, Equatable {
     case node(String)
     /// An export of a server.
     case nbd(NBDURI)
+    /// A disk that is hot-added to this machine.
+    case hotAdd(SourceReference)
 
     /// Takes a destination apart: `-`, a path, or an NBD URI.
     ///
@@ -25,7 +27,9 @@ public enum CopyDestination: Sendable, Equatable {
             self = .stream
             return
         }
-        switch try SourceReference(text).kind {
+        let reference = try SourceReference(text)
+        switch reference.kind {
+        case .hotAdd: self = .hotAdd(reference)
         case .nbd(let uri): self = .nbd(uri)
         case .path(let path):
             var status = stat()
@@ -43,7 +47,11 @@ public enum CopyDestination: Sendable, Equatable {
                 throw BlockError(
                     .invalid, "copying to \(path): it is neither a file nor a block device (- is standard output)")
             }
-        case .pattern, .memory, .point, .hotAdd, .san:
+        case .iscsi:
+            throw BlockError(
+                .unsupported,
+                "copying to \(text): serve it with diskgate serve --writable, and copy to that")
+        case .pattern, .memory, .point, .san:
             throw BlockError(.invalid, "copying to \(text): nothing can be written there; name a file or an NBD URI")
         }
     }
@@ -70,6 +78,19 @@ struct DestinationRules {
     /// What is written, and whether compressed.
     var format = CopyFormat.raw
     var compresses = false
+    /// The copy is complete only when it is on stable storage.
+    var isDurable = true
+
+    /// Throws `.invalid` where durability cannot be left out: what is kept for later has to be there later.
+    func check(_ destination: CopyDestination) throws(BlockError) {
+        if isDurable { return }
+        guard case .file = destination, format == .raw, !isChange, !resumes, journal == nil else {
+            throw BlockError(
+                .invalid,
+                "copying without flushing: that is for whole, raw copies to files, which nothing is kept of when they "
+                    + "are interrupted: leave out --no-flush, or --changed, --resume, --journal and --to-format")
+        }
+    }
 }
 
 /// The format of a copy.
@@ -78,6 +99,8 @@ public enum CopyFormat: String, Sendable {
     case raw
     /// A qcow2 image without a backing file.
     case qcow2
+    /// A VMDK that is written, and can be read, from its first byte to its last, compressed.
+    case streamOptimizedVMDK = "stream-optimized-vmdk"
 }
 
 /// A destination that is open: what to write to, and what to do in the end.
@@ -99,6 +122,7 @@ final class OpenDestination {
     private var isRejected = false
     private var lock: FileLock?
     private let isChange: Bool
+    private let isDurable: Bool
 
     /// Opens a destination for a source of a size.
     ///
@@ -110,9 +134,17 @@ final class OpenDestination {
         _ destination: CopyDestination, size: UInt64, source: String, scope: String, _ rules: DestinationRules
     ) throws(BlockError) {
         isChange = rules.isChange
-        if rules.format == .qcow2 {
+        isDurable = rules.isDurable
+        try rules.check(destination)
+        switch rules.format {
+        case .raw: break
+        case .qcow2:
             let image = try Self.makeImage(destination, size: size, rules)
             (target, device, partial) = (image, nil, (image.writer.path, image.name))
+            return
+        case .streamOptimizedVMDK:
+            let image = try Self.makeStreamOptimized(destination, size: size, rules)
+            (target, device, partial) = (image, nil, image.path.map { ($0, image.name) })
             return
         }
         switch destination {
@@ -125,7 +157,8 @@ final class OpenDestination {
             let parts = try Self.openFile(path, size: size, rules)
             let disk = try RawFileDevice(parts.file, name: parts.path, Self.writable())
             (target, device, lock) = (
-                DeviceTarget(disk, readsAsZeros: !rules.isChange && !rules.resumes), disk, parts.lock
+                DeviceTarget(disk, readsAsZeros: !rules.isChange && !rules.resumes, isDurable: rules.isDurable),
+                disk, parts.lock
             )
             let status = try parts.file.status()
             let identity = CopyIdentity(
@@ -133,6 +166,7 @@ final class OpenDestination {
             marker = "\(path).incomplete"
             let changeJournal = "\(path).changed.journal"
             if !rules.isChange { (partial, outdated) = ((parts.path, path), changeJournal) }
+            if !rules.isDurable { return }
             do throws(BlockError) {
                 if rules.isChange && rules.resumes { try checkMarker(identity) }
                 let beside = rules.isChange ? changeJournal : "\(path).journal"
@@ -148,6 +182,11 @@ final class OpenDestination {
             (target, device) = (DeviceTarget(disk), disk)
             let facts = disk.info.identity.map { "\($0.key) \($0.value)" }.joined(separator: ", ")
             try openForeign(CopyIdentity(source: source, scope: scope, target: "\(path), \(facts)"), size, rules)
+        case .hotAdd(let reference):
+            let disk = try reference.openHotAddedTarget()
+            (target, device) = (DeviceTarget(disk), disk)
+            let facts = disk.info.identity.map { "\($0.key) \($0.value)" }.joined(separator: ", ")
+            try openForeign(CopyIdentity(source: source, scope: scope, target: facts), size, rules)
         case .nbd(let uri):
             let disk = try NBDDevice.open(uri, isWritable: true)
             (target, device) = (DeviceTarget(disk), disk)
@@ -228,18 +267,41 @@ final class OpenDestination {
         guard case .file(let path) = destination else {
             throw BlockError(.unsupported, "copying as qcow2: an image can only be written to a file")
         }
+        let aside = try placeForImage(path, rules)
+        let writer = try Qcow2Writer.create(
+            aside, size: size, compression: rules.compresses ? .zstd(level: 3) : .none)
+        return Qcow2Target(writer, name: path, readsAsZeros: true)
+    }
+
+    private static func makeStreamOptimized(_ destination: CopyDestination, size: UInt64, _ rules: DestinationRules)
+        throws(BlockError) -> StreamOptimizedTarget
+    {
+        switch destination {
+        case .stream:
+            if rules.resumes || rules.journal != nil {
+                throw BlockError(.invalid, "copying to standard output: it cannot be resumed; leave --resume out")
+            }
+            return try StreamOptimizedTarget(path: nil, name: "standard output", size: size)
+        case .file(let path):
+            return try StreamOptimizedTarget(path: try placeForImage(path, rules), name: path, size: size)
+        case .node, .nbd:
+            throw BlockError(
+                .unsupported, "copying as stream-optimized-vmdk: it can only be written to a file or standard output")
+        }
+    }
+
+    /// Where an image is written until it is complete.
+    private static func placeForImage(_ path: String, _ rules: DestinationRules) throws(BlockError) -> String {
         if rules.isChange || rules.resumes || rules.journal != nil {
             throw BlockError(
                 .unsupported,
-                "copying to \(path): a qcow2 image is written in one go: --changed, --resume and --journal are for raw "
-                    + "copies")
+                "copying to \(path): a \(rules.format.rawValue) image is written in one go: --changed, --resume and "
+                    + "--journal are for raw copies")
         }
         let aside = "\(path).partial"
         try checkNew(path, aside, rules)
         if exists(aside) { unlink(aside) }
-        let writer = try Qcow2Writer.create(
-            aside, size: size, compression: rules.compresses ? .zstd(level: 3) : .none)
-        return Qcow2Target(writer, name: path, readsAsZeros: true)
+        return aside
     }
 
     private static func openExisting(_ path: String, size: UInt64, _ doing: String) throws(BlockError) -> OpenedFile {
@@ -358,16 +420,26 @@ final class OpenDestination {
     ///
     /// - Throws: what writing or opening it throws.
     func seal() throws(BlockError) {
-        guard let image = target as? Qcow2Target else { return }
-        try image.writer.finish()
-        let file = try RawFileDevice.open(image.writer.path)
-        device = try openDisk(
-            ResolvedFile(device: file, identity: image.writer.path, resolver: nil), .explicit(.qcow2))
+        if let image = target as? Qcow2Target {
+            try image.writer.finish()
+            device = try Self.openImage(image.writer.path, .qcow2)
+        } else if let image = target as? StreamOptimizedTarget {
+            try image.finish()
+            if let path = image.path { device = try Self.openImage(path, .vmdk) }
+        }
     }
 
-    /// Takes away what is of no use after a failure: an image without its header.
+    private static func openImage(_ path: String, _ format: ImageFormat) throws(BlockError) -> any BlockDevice {
+        let file = try RawFileDevice.open(path)
+        return try openDisk(ResolvedFile(device: file, identity: path, resolver: nil), .explicit(format))
+    }
+
+    /// Takes away what is of no use after a failure: an image without its header or its end, a copy
+    /// that nothing can go on with.
     func abandon() {
         (target as? Qcow2Target)?.writer.abandon()
+        (target as? StreamOptimizedTarget)?.abandon()
+        if let partial, !isDurable { unlink(partial.aside) }
     }
 
     /// Makes the destination what it is to be: a complete copy under its own name.
@@ -376,7 +448,11 @@ final class OpenDestination {
     func complete() throws(BlockError) {
         Step.reached("copy.complete")
         if let partial {
-            try renameDurably(partial.aside, to: partial.path)
+            if isDurable {
+                try renameDurably(partial.aside, to: partial.path)
+            } else if rename(partial.aside, partial.path) < 0 {
+                throw BlockError(errno: errno, "renaming \(partial.aside) to \(partial.path)")
+            }
             Step.reached("copy.renamed")
         }
         try journal?.remove()

@@ -59,6 +59,8 @@ public struct CopyReport: Sendable, Encodable {
     public var downgrades: [String]
     public var workers: Int
     public var seconds: Double
+    /// Which of its sources it came from, and why not those before it.
+    public var transport: TransportChoice
 }
 
 /// Runs a copy.
@@ -74,15 +76,26 @@ public enum CopyJob {
             throw BlockError(
                 .invalid, "copying to standard output: --verify and --changed need a destination that can be read")
         }
+        if request.verifies && !request.options.isDurable {
+            throw BlockError(
+                .invalid,
+                "copying without flushing: --verify tells what the storage has, where the copy may not be yet; leave "
+                    + "out one of both")
+        }
         try request.options.check()
-        let source = try CopySource.open(request.source, reconnects: request.options.retries > 0)
-        let device = source.device
+        let chosen = try request.source.openFirst(
+            { (disk) throws(BlockError) in try CopySource.open(disk, reconnects: request.options.retries > 0) },
+            device: \.device)
+        var request = request
+        request.source = chosen.disk
+        let (source, device) = (chosen.opened, chosen.opened.device)
         let scope = request.changed ?? "everything"
         // Before anything is made.
         if let changed = request.changed { _ = try source.changedContext(changed) }
         let rules = DestinationRules(
             isChange: request.changed != nil, resumes: request.resumes, forces: request.forces,
-            journal: request.journal, format: request.format, compresses: request.compresses)
+            journal: request.journal, format: request.format, compresses: request.compresses,
+            isDurable: request.options.isDurable)
         let destination = try OpenDestination(
             request.destination, size: device.info.size, source: source.identity, scope: scope, rules)
         defer { reporter.finish() }
@@ -111,8 +124,9 @@ public enum CopyJob {
                 scope: request.changed ?? "full", size: device.info.size, bytesRead: result.readBytes,
                 bytesWritten: result.writtenBytes, bytesZeroed: result.zeroedBytes, bytesSkipped: result.skippedBytes,
                 bytesCloned: result.clonedBytes, bytesResumed: result.resumedBytes, bytesVerified: compared,
-                retries: result.retries, reconnects: reconnects, downgrades: doubt.map { [$0] } ?? [],
-                workers: result.workers, seconds: result.seconds)
+                retries: result.retries, reconnects: reconnects,
+                downgrades: chosen.choice.reasons.map { "not over \($0)" } + (doubt.map { [$0] } ?? []),
+                workers: result.workers, seconds: result.seconds, transport: chosen.choice)
         } catch {
             destination.abandon()
             guard let advice = destination.advice else { throw error }

@@ -12,10 +12,8 @@ public protocol CopyTarget: AnyObject, Sendable {
     var size: UInt64 { get }
     /// Ranges begin at multiples of it, and end at multiples or at the target's end. A power of two, in bytes.
     var granularity: UInt64 { get }
-    /// The most bytes of one write, a multiple of `granularity`.
-    var writeMax: Int { get }
-    /// Bytes of one write that suit the target: a power of two, at least 64 KiB, at most `writeMax`. What goes through
-    /// the page cache is best read and written while it is in the processor's cache; storage likes larger pieces.
+    /// Bytes of one write that suit the target: a power of two, at least 64 KiB. What goes through the page cache is
+    /// best read and written while it is in the processor's cache; storage likes larger pieces.
     var pieceBytes: Int { get }
     /// Whether ranges have to come in order, without gaps.
     var isSequential: Bool { get }

@@ -10,7 +10,6 @@ public final class DeviceTarget: CopyTarget {
     public let name: String
     public let size: UInt64
     public let granularity: UInt64
-    public let writeMax = 1 << 20
     public let isSequential = false
     public let readsAsZeros: Bool
     public let pieceBytes: Int
@@ -24,8 +23,10 @@ public final class DeviceTarget: CopyTarget {
 
     /// A target over a disk that is open for writing.
     ///
-    /// - Parameter readsAsZeros: whether the disk is new, so that all of it reads as zeros.
-    public init(_ device: any BlockDevice, readsAsZeros: Bool = false) {
+    /// - Parameters:
+    ///   - readsAsZeros: whether the disk is new, so that all of it reads as zeros.
+    ///   - isDurable: whether all of it is to be on the storage in the end; if not, it stays in memory while it may.
+    public init(_ device: any BlockDevice, readsAsZeros: Bool = false, isDurable: Bool = true) {
         self.device = device
         self.readsAsZeros = readsAsZeros
         name = device.info.name
@@ -34,10 +35,12 @@ public final class DeviceTarget: CopyTarget {
         granularity = UInt64(max(device.info.minimumBlock, 4096))
         isFile = device is RawFileDevice
         canClone = Atomic(isFile)
-        file = isFile || device is BlockNodeDevice ? Self.openFile(of: device) : nil
-        direct = isFile ? file.flatMap { DirectWriter($0.descriptor) } : nil
+        let place = Self.openFile(of: device)
+        file = isFile || place?.traits.contains(.blockNode) == true ? place : nil
+        direct = isFile && isDurable ? file.flatMap { DirectWriter($0.descriptor) } : nil
         let isDirect = direct != nil || file?.traits.contains(.direct) == true
-        pieceBytes = isDirect ? 1 << 20 : 256 << 10
+        // Storage is fastest with large pieces; file systems find new memory by the MiB at the least cost.
+        pieceBytes = isDirect ? 4 << 20 : isFile && !isDurable ? 1 << 20 : 256 << 10
     }
 
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError) {
@@ -78,8 +81,12 @@ public final class DeviceTarget: CopyTarget {
     /// Lets the system forget what it keeps of the file, which is durable, so that reading it again tells what the
     /// storage has.
     func dropCache() {
-        guard isFile, let file else { return }
-        posix_fadvise(file.descriptor, 0, 0, POSIX_FADV_DONTNEED)
+        guard let file else { return }
+        if isFile {
+            posix_fadvise(file.descriptor, 0, 0, POSIX_FADV_DONTNEED)
+        } else {
+            _ = dg_block_drop_cache(file.descriptor)
+        }
     }
 }
 
@@ -88,7 +95,6 @@ public final class StreamTarget: CopyTarget {
     public let name: String
     public let size: UInt64
     public let granularity: UInt64 = 1
-    public let writeMax = 1 << 20
     public let isSequential = true
     private let descriptor: Int32
     private let position = Locked<UInt64>(0)

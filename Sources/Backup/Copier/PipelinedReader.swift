@@ -11,8 +11,8 @@ typealias NBDConnection = NBDDevice
 final class PipelinedReader {
     /// Bytes in flight: enough to hide a round trip on a local network, few enough to stay in the processor's cache
     /// where pieces are small.
-    private static let bytesInFlight: UInt64 = 2 << 20
-    private static let depths = UInt64(4)...8
+    private static let bytesInFlight: UInt64 = 4 << 20
+    private static let depths = UInt64(2)...8
 
     private enum State {
         case free

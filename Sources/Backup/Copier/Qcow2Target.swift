@@ -7,7 +7,6 @@ public final class Qcow2Target: CopyTarget {
     public let name: String
     public let readsAsZeros: Bool
     public let granularity: UInt64 = 65536
-    public let writeMax = 1 << 20
     public let isSequential = false
     /// What writes the image.
     public let writer: Qcow2Writer

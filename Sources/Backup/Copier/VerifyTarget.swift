@@ -17,7 +17,6 @@ final class VerifyTarget: CopyTarget {
     let name: String
     let size: UInt64
     let granularity: UInt64
-    let writeMax = 1 << 20
     let isSequential = false
     private let copy: any BlockDevice
     private let state = Locked(VerifyResult())

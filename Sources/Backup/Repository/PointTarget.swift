@@ -20,7 +20,6 @@ final class PointTarget: CopyTarget {
     let name: String
     let size: UInt64
     let granularity = ChunkHashes.chunkSize
-    let writeMax = 1 << 20
     let isSequential = false
     let readsAsZeros: Bool
     private let file: any PointFile

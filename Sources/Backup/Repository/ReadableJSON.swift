@@ -2,6 +2,7 @@
 import Block
 import FoundationEssentials
 import LinuxIO
+import Transports
 
 /// A value as JSON with sorted keys, ending in a line feed.
 func readableJSON(_ value: some Encodable, _ what: String) throws(BlockError) -> [UInt8] {
@@ -24,19 +25,6 @@ func parseJSON<Value: Decodable>(_ type: Value.Type, _ bytes: [UInt8], _ path: S
     do { return try JSONDecoder().decode(type, from: Data(bytes)) } catch let error as DecodingError {
         throw BlockError(.corrupt, "reading \(path): \(explained(error))")
     } catch { throw BlockError(.corrupt, "reading \(path): \(error)") }
-}
-
-private func explained(_ error: DecodingError) -> String {
-    func place(_ context: DecodingError.Context) -> String {
-        let path = context.codingPath.map(\.stringValue).joined(separator: ".")
-        return path.isEmpty ? "" : " at \(path)"
-    }
-    switch error {
-    case .keyNotFound(let key, let context): return "\(key.stringValue) is missing\(place(context))"
-    case .typeMismatch(_, let context), .valueNotFound(_, let context), .dataCorrupted(let context):
-        return "\(context.debugDescription)\(place(context))"
-    @unknown default: return "\(error)"
-    }
 }
 
 /// The SHA-256 of bytes, in hexadecimal.

@@ -112,7 +112,6 @@ private final class NoTarget: CopyTarget {
     let name = "nowhere"
     let size: UInt64
     let granularity = ChunkHashes.chunkSize
-    let writeMax = 1 << 20
     let isSequential = false
 
     init(size: UInt64) { self.size = size }

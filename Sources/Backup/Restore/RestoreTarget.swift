@@ -18,7 +18,6 @@ final class RestoreTarget: CopyTarget {
     let name: String
     let size: UInt64
     let granularity = ChunkHashes.chunkSize
-    let writeMax = 1 << 20
     var pieceBytes: Int { disk.pieceBytes }
     let isSequential = false
     let readsAsZeros: Bool

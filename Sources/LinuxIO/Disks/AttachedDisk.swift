@@ -85,6 +85,8 @@ public struct AttachedDisk: Sendable, Equatable {
     public var state: String?
     /// What lies over it and its partitions.
     public var holders: [Holder] = []
+    /// Whether it is itself a multipath map over the paths of one disk.
+    public var isMultipathMap = false
     /// The kernel's partitions of it.
     public var partitions: [Partition] = []
 
@@ -130,13 +132,13 @@ public enum DiskSelector: Hashable, Sendable, Codable, CustomStringConvertible {
         case .serial(let serial): return disk.serial == serial
         case .address(let address): return disk.address == address
         case .name(let name):
-            let wanted = Self.digits(name)
-            return disk.names.contains { $0 == name || Self.digits($0) == wanted }
+            let wanted = Self.bareName(name)
+            return disk.names.contains { $0 == name || Self.bareName($0) == wanted }
         }
     }
 
-    /// A worldwide name without what people write before or leave out of it.
-    private static func digits(_ name: String) -> String {
+    /// A worldwide name without what people write before or leave out of it: two names of one disk are the same so.
+    public static func bareName(_ name: String) -> String {
         var text = name.lowercased()[...]
         for prefix in ["naa.", "eui.", "0x", "wwn-0x"] where text.hasPrefix(prefix) {
             text = text.dropFirst(prefix.count)

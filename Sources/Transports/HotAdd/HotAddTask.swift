@@ -52,7 +52,7 @@ public struct HotAddTask: Sendable {
             throw BlockError(.invalid, "adding disks: give images of one controller")
         }
         let doing = "adding \(images.map(\.path).joined(separator: ", ")) to this machine"
-        let isUnprotected = images.contains(where: \.isUnprotected)
+        let isUnprotected = images.allSatisfy(\.isUnprotected)
         if isUnprotected { _ = HostProtection.warn(doing) } else { try HostProtection().require(doing) }
         let controller = try HotAddControllers.open(first.controller)
         let turn = try turn(at: first.controller)
@@ -169,9 +169,15 @@ public struct HotAddTask: Sendable {
     {
         var gone: [HotAddAttachment] = []
         var failure: BlockError?
-        for ledger in try RunLedger.takeAbandoned(stateDirectory: stateDirectory).ledgers {
-            let meant = ledger.obligations.filter { $0.kind == Self.kind && isMeant(HotAddAttachment($0, [:])) }
-            let (settled, problem) = giveBack(meant, of: ledger, force: force)
+        func meant(in ledger: RunLedger) -> [Obligation] {
+            ledger.obligations.filter { $0.kind == Self.kind && isMeant(HotAddAttachment($0, [:])) }
+        }
+        let (ledgers, problems) = try abandoned { !meant(in: $0).isEmpty }
+        if ledgers.isEmpty, let problem = problems.first {
+            throw BlockError(.inputOutput, "taking disks off: \(problem)")
+        }
+        for ledger in ledgers {
+            let (settled, problem) = giveBack(meant(in: ledger), of: ledger, force: force)
             gone += settled.map { HotAddAttachment($0, [:]) }
             failure = failure ?? problem
             try ledger.end()
@@ -180,9 +186,19 @@ public struct HotAddTask: Sendable {
         return gone
     }
 
+    /// Takes over ledgers of tasks that are over; others are free for others again when this returns.
+    private func abandoned(where isMeant: (RunLedger) -> Bool) throws(BlockError) -> (
+        ledgers: [RunLedger], problems: [String]
+    ) {
+        let (ledgers, problems) = try RunLedger.takeAbandoned(stateDirectory: stateDirectory)
+        return (ledgers.filter(isMeant), problems)
+    }
+
     /// Gives back what a task has added, and strikes it out.
-    func release(_ ledger: RunLedger) throws(BlockError) {
-        let failure = giveBack(ledger.obligations.filter { $0.kind == Self.kind }, of: ledger, force: false).failure
+    ///
+    /// - Parameter force: takes them off even where somebody has them open.
+    func release(_ ledger: RunLedger, force: Bool) throws(BlockError) {
+        let failure = giveBack(ledger.obligations.filter { $0.kind == Self.kind }, of: ledger, force: force).failure
         try ledger.end()
         if let failure { throw failure }
     }

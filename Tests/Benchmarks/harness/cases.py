@@ -105,7 +105,7 @@ CASES = [
     Case("seq-write-unix", "nbdcopy from a file to a writable export over existing data, unix socket",
          CopyIn(), disk="target"),
     Case("copy-sparse", "nbdkit to a new sparse file, a disk allocated to 30 %, page cache, unix socket; GiB of data. "
-         "diskgate flushes, the others do not", CopyOut(), servers=("diskgate", "nbdkit"), disk="sparse"),
+         "None flushes", CopyOut(), servers=("diskgate", "nbdkit"), disk="sparse"),
     Case("copy-sparse-flushed", "the same, all flush", CopyOut(flushed=True), servers=("diskgate", "nbdkit"),
          disk="sparse"),
     *(Case(f"backup-changed-{percent}", f"incremental backup of a libvirt domain, {percent} % of its 10 GiB changed in "

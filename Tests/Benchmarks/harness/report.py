@@ -64,6 +64,11 @@ def machine(work_directory: pathlib.Path, servers: list[Server], programs: list[
         # nbd-server has no --version, but says its version before it complains.
         option = "-V" if program == "nbd-server" else "--version"
         versions[name] = first_line([program, option]).removeprefix("This is ")
+    notes = {}
+    reporting = pathlib.Path("/sys/module/page_reporting/parameters/page_reporting_order")
+    if reporting.exists() and int(reporting.read_text()) <= 10:
+        # Getting it again costs whoever uses memory next more than most of what is measured here.
+        notes["free memory"] = "given back to the host at once (page_reporting_order = 11 stops that)"
     versions |= {program: first_line([program, "--version"]) for program in programs}
     return {
         "CPU": f"{model}, {len(os.sched_getaffinity(0))} cores",
@@ -71,7 +76,7 @@ def machine(work_directory: pathlib.Path, servers: list[Server], programs: list[
         "kernel": platform.release(),
         "file system": file_system(work_directory),
         "load average at the start": f"{os.getloadavg()[0]:.2f}",
-    } | versions
+    } | notes | versions
 
 
 def number(value: float) -> str:

@@ -172,13 +172,13 @@ class Copy:
         }
 
 
-# Programs that copy a disk from a server to a new file: of what, and with what added where all flush.
+# Programs that copy a disk from a server to a new file: of what, and with what added where none flush, and where all do.
 COPIERS = {
-    "diskgate": ("diskgate", ["copy", "{uri}", "{target}", "--force"], []),
-    "nbdcopy": ("nbdcopy", ["{uri}", "{target}"], ["--flush"]),
-    "qemu-img": ("qemu-img", ["convert", "-f", "raw", "-O", "raw", "{uri}", "{target}"], ["-t", "writeback"]),
+    "diskgate": ("diskgate", ["copy", "{uri}", "{target}", "--force"], ["--no-flush"], []),
+    "nbdcopy": ("nbdcopy", ["{uri}", "{target}"], [], ["--flush"]),
+    "qemu-img": ("qemu-img", ["convert", "-f", "raw", "-O", "raw", "{uri}", "{target}"], [], ["-t", "writeback"]),
     "qemu-img -W -m 8": ("qemu-img", ["convert", "-W", "-m", "8", "-f", "raw", "-O", "raw", "{uri}", "{target}"],
-                         ["-t", "writeback"]),
+                         [], ["-t", "writeback"]),
 }
 
 
@@ -186,20 +186,20 @@ COPIERS = {
 class CopyOut:
     """A copy of the whole disk to a new sparse file, by one client after the other; per GiB of data."""
 
-    flushed: bool = False  # whether those that need not are told to flush
+    flushed: bool = False  # whether all flush, or none
     metrics = (GIB_RATE, CLIENT_CPU_COMPARED, CLIENT_RSS, SERVER_CPU_GIB, OTHERS)
 
     def run(self, bench: Bench, row: Row, round: int) -> Sample:
         path = bench.disks.path(row.disk)
         target = bench.disks.directory / "copy.raw"
         target.unlink(missing_ok=True)
-        program, arguments, flush = COPIERS[row.client]
+        program, arguments, *options = COPIERS[row.client]
         program = bench.diskgate if program == "diskgate" else program
 
         def command(running: RunningServer) -> list[str]:
             filled = [argument.format(uri=running.uri, target=target) for argument in arguments]
             # Options come first, or behind the subcommand.
-            return [program, *filled[:1], *flush, *filled[1:]] if self.flushed else [program, *filled]
+            return [program, *filled[:1], *options[self.flushed], *filled[1:]]
 
         measurement = measure(row.server, make_export(path), lambda running: [command(running)],
                               before=lambda: disks.warm(path))

@@ -1,0 +1,126 @@
+// Several sources of one disk: opened one after the other, in the order of preference, until one can be read.
+public import Block
+
+extension DiskSpecification {
+    /// A disk that was opened, and which of its sources it came from.
+    public struct Chosen<Opened> {
+        /// What was opened.
+        public let opened: Opened
+        /// The disk with the one source that was taken.
+        public let disk: DiskSpecification
+        /// Which one it is, and why not those before it.
+        public let choice: TransportChoice
+    }
+
+    /// Opens the first source that can be opened and read from.
+    ///
+    /// Where there is but one source, whatever is wrong with it is thrown as it is, and it is not read from.
+    ///
+    /// - Parameters:
+    ///   - open: opens the disk with one of its sources.
+    ///   - device: the disk in what was opened.
+    /// - Throws: `.notFound` with the reasons of all of them.
+    public func openFirst<Opened>(
+        _ open: (DiskSpecification) throws(BlockError) -> Opened, device: (Opened) -> any BlockDevice
+    ) throws(BlockError) -> Chosen<Opened> {
+        var (candidates, sources) = try orderedSources()
+        if candidates.count == 1, let source = sources[0] {
+            let disk = with(source)
+            return Chosen(
+                opened: try open(disk), disk: disk,
+                choice: TransportChoice(disk: source.description, position: 1, candidates: candidates))
+        }
+        var unproven: String?
+        var size: (bytes: UInt64, name: String)?
+        for (index, source) in sources.enumerated() {
+            guard let source else { continue }
+            let name = candidates[index].name
+            if let unproven, source.transport == .nbd {
+                candidates[index].findings.append(
+                    Finding(
+                        "nbd.clear-text", .excluded,
+                        "not tried: \(unproven) could not prove who it is, and whoever is between would be read in "
+                            + "clear text"))
+                continue
+            }
+            do throws(BlockError) {
+                let disk = with(source)
+                let opened = try open(disk)
+                let found = device(opened)
+                if let size, size.bytes != found.info.size {
+                    throw BlockError(
+                        .invalid,
+                        "opening \(source): it has \(found.info.size) bytes, and \(size.name) has \(size.bytes): they "
+                            + "are not the same disk")
+                }
+                size = size ?? (found.info.size, name)
+                try found.readEnds()
+                candidates[index].findings.append(Finding("\(name).tried", .ok, "it was opened and read from"))
+                return Chosen(
+                    opened: opened, disk: disk,
+                    choice: TransportChoice(disk: self.source.description, position: index + 1, candidates: candidates))
+            } catch {
+                if source.transport == .nbdssl && error.kind == .denied { unproven = unproven ?? source.description }
+                candidates[index].findings.append(Finding("\(name).tried", .excluded, error.message))
+            }
+        }
+        throw TransportChoice(disk: source.description, position: nil, candidates: candidates).failure
+    }
+
+    /// All sources in the order in which they are to be tried; those that are not to be tried have none, and come last.
+    private func orderedSources() throws(BlockError) -> ([TransportCandidate], [SourceReference?]) {
+        var wanted: [(rank: Int, place: Int, source: SourceReference)] = []
+        var left: [TransportCandidate] = []
+        for (place, source) in ([source] + alternatives).enumerated() {
+            let candidate = TransportCandidate(source.transport, source: source.description)
+            if let transports, let kind = source.transport, !transports.kinds.contains(kind) {
+                left.append(candidate.refused("order", "it is not among the transports asked for (\(transports))"))
+                continue
+            }
+            if !alternatives.isEmpty && !fingerprints.isEmpty && source.transport == .nbd {
+                left.append(
+                    candidate.refused("clear-text", "a certificate was asked for, and there is none without TLS"))
+                continue
+            }
+            let rank = source.transport.flatMap { transports?.kinds.firstIndex(of: $0) } ?? (transports == nil ? 0 : 99)
+            wanted.append((rank, place, source))
+        }
+        wanted.sort { ($0.rank, $0.place) < ($1.rank, $1.place) }
+        let candidates = wanted.map { TransportCandidate($0.source.transport, source: $0.source.description) } + left
+        if wanted.isEmpty {
+            throw TransportChoice(disk: source.description, position: nil, candidates: candidates).failure
+        }
+        return (candidates, wanted.map(\.source) + left.map { _ in nil })
+    }
+
+    /// The disk with one source only. Certificates are for those that have some.
+    private func with(_ source: SourceReference) -> DiskSpecification {
+        var disk = self
+        disk.source = source
+        disk.alternatives = []
+        disk.transports = nil
+        if !alternatives.isEmpty && source.transport != .nbdssl { disk.fingerprints = [] }
+        return disk
+    }
+}
+
+extension TransportCandidate {
+    /// The candidate with why it is not to be tried.
+    fileprivate func refused(_ rule: String, _ reason: String) -> TransportCandidate {
+        var refused = self
+        refused.findings.append(Finding("\(name).\(rule)", .excluded, reason))
+        return refused
+    }
+}
+
+extension BlockDevice {
+    /// Reads the first and the last 4 KiB: a disk that can be opened may still be one that cannot be read.
+    ///
+    /// - Throws: what reading throws.
+    public func readEnds() throws(BlockError) {
+        if info.size == 0 { return }
+        let buffer = Buffer(count: Int(min(info.size, 4096)))
+        try read(into: buffer.bytes, at: 0)
+        if info.size > 4096 { try read(into: buffer.bytes, at: info.size - 4096) }
+    }
+}

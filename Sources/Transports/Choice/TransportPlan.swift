@@ -1,0 +1,96 @@
+// All disks of a machine planned together: each takes the first transport that rules and, where asked for, a try allow.
+public import Block
+
+/// Chooses transports for the disks of a machine.
+public struct TransportPlan: Sendable {
+    /// Tries a source of a disk in earnest; what it throws is why the next candidate is taken.
+    public typealias Attempt = (_ source: SourceReference, _ machine: Inventory.Machine) throws(BlockError) -> Void
+
+    /// The rules.
+    public let rules: TransportRules
+    /// The transports in the order in which they are wanted.
+    public let order: TransportOrder
+    /// Sessions that there are already, by the keys of `SessionLimit`.
+    public let sessions: [String: Int]
+
+    /// A plan.
+    public init(_ rules: TransportRules, order: TransportOrder = .standard, sessions: [String: Int] = [:]) {
+        self.rules = rules
+        self.order = order
+        self.sessions = sessions
+    }
+
+    /// Chooses for each disk of a machine, in their order. What one disk takes (a place on the proxy's adapters, a
+    /// session with the host), the next ones do not have: all disks of a machine are read at the same time.
+    ///
+    /// - Parameter attempt: tries sources that the inventory names; nil to go by the rules alone.
+    public func choices(for machine: Inventory.Machine, trying attempt: Attempt? = nil) -> [TransportChoice] {
+        var usage = TransportRules.Usage()
+        usage.sessions = sessions
+        return machine.disks.map { disk in
+            var candidates = order.kinds.map { transport in
+                TransportCandidate(
+                    transport, source: source(of: disk, transport),
+                    findings: rules.findings(transport, disk, of: machine, usage: usage))
+            }
+            var position: Int?
+            for index in candidates.indices where candidates[index].verdict != .excluded {
+                if let attempt {
+                    let finding = tried(candidates[index], machine, attempt)
+                    candidates[index].findings.append(finding)
+                    if finding.verdict == .excluded { continue }
+                }
+                position = index + 1
+                take(order.kinds[index], machine, &usage)
+                break
+            }
+            return TransportChoice(
+                disk: "disk \(disk.key) of \(machine.title)", position: position, candidates: candidates)
+        }
+    }
+
+    /// The source that names a disk over a transport, where the inventory has one.
+    private func source(of disk: Inventory.Disk, _ transport: TransportKind) -> String? {
+        (disk.sources ?? []).first { (try? SourceReference($0))?.transport == transport }
+    }
+
+    private func tried(_ candidate: TransportCandidate, _ machine: Inventory.Machine, _ attempt: Attempt) -> Finding {
+        let rule = "\(candidate.name).tried"
+        guard let text = candidate.source else {
+            return Finding(
+                rule, .warning, "it was not tried: the inventory has no source for it",
+                remedy: "name one in the disk's sources")
+        }
+        do throws(BlockError) { try attempt(try SourceReference(text), machine) } catch {
+            return Finding(rule, .excluded, error.message)
+        }
+        return Finding(rule, .ok, "it was opened and read from (\(text))")
+    }
+
+    private func take(_ transport: TransportKind, _ machine: Inventory.Machine, _ usage: inout TransportRules.Usage) {
+        switch transport {
+        case .hotadd: usage.slots += 1
+        case .nbd, .nbdssl:
+            guard let host = rules.inventory.host(machine.host) else { return }
+            for limit in SessionLimit.limits(of: host) { usage.sessions[limit.key, default: 0] += 1 }
+        case .san, .file: break
+        }
+    }
+}
+
+extension TransportPlan {
+    /// A plan by what processes of this machine use at the moment.
+    ///
+    /// - Throws: `BlockError` when sessions cannot be counted.
+    public static func current(_ rules: TransportRules, order: TransportOrder, sessions counter: HostSessions)
+        throws(BlockError) -> TransportPlan
+    {
+        var sessions: [String: Int] = [:]
+        for host in rules.inventory.hosts {
+            for limit in SessionLimit.limits(of: host) where sessions[limit.key] == nil {
+                sessions[limit.key] = try counter.holders(of: limit.key).count
+            }
+        }
+        return TransportPlan(rules, order: order, sessions: sessions)
+    }
+}
