@@ -104,7 +104,7 @@ struct DiskRun {
         switch reference.kind {
         case .nbd(let uri): uri.tls == nil ? "nbd" : "nbdssl"
         case .hotAdd: "hotadd"
-        case .san: "san"
+        case .san, .iscsi: "san"
         default: "file"
         }
     }
