@@ -9,8 +9,8 @@ import NBD
 /// Owns a session with a target, which libiscsi lets one thread use, and carries out commands for others.
 ///
 /// A command ends with what the unit answers, or with an error when its time is over: a target that says nothing is
-/// left after `timeoutSeconds`, one that is gone is tried again for `reconnectSeconds`. A unit that is another one when the
-/// target is back is never read from again.
+/// left after `timeoutSeconds`, one that is gone is tried again for `reconnectSeconds`. A unit that is another one when
+/// the target is back is never read from again.
 final class ISCSIWorker: @unchecked Sendable {
     // Sendable because `shared` is under its lock, and everything else is touched by the worker's thread only.
 
