@@ -25,6 +25,8 @@ FILE_SYSTEM_MIB = 48
 PORT = 10809                # of diskgate in the guest, TCP and vsock
 HOST = "10.0.2.2"           # this machine's loopback, as seen from the guest
 COPY_DIGEST = "set -o pipefail; nbdcopy '%s' - | sha256sum"
+# Looked up when diskgate first needs TLS or a hash, so ldd does not name them.
+OPENSSL = tuple("/usr/lib/x86_64-linux-gnu/lib%s.so.3" % name for name in ("ssl", "crypto"))
 # Limits after which something hangs: a command in the guest, a request of the kernel's client, diskgate starting
 # or ending, and everything together.
 COMMAND_S, REQUEST_S, SERVER_S, ALL_S = 60, 30, 10, 300

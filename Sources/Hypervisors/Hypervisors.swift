@@ -5,7 +5,7 @@ import Transports
 /// The hypervisors that diskgate knows.
 public enum Hypervisors {
     /// The forms of URIs of machines, for people.
-    static let forms = "qmp+unix:PATH, qmp+tcp:HOST:PORT or libvirt:URI/DOMAIN"
+    static let forms = "qmp+unix:PATH, qmp+tcp:HOST:PORT, libvirt:URI/DOMAIN or disks:NAME"
 
     /// URI schemes of hypervisors that this version does not know, and what they are.
     private static let notYet = ["vsphere": "vSphere", "scp": "Sangfor SCP"]
@@ -20,17 +20,20 @@ public enum Hypervisors {
     /// Where a machine is: its monitor, or its libvirt and its name; nil for what is no URI of a machine.
     private static func place(_ text: String) -> [String]? {
         if text.hasPrefix("libvirt:") { return (try? LibvirtPlace(text)).map { [$0.virsh.uri, $0.domain] } }
-        return (try? QEMUPlace(MachineURI(text))).map { ["\($0.monitor)"] }
+        guard let uri = try? MachineURI(text) else { return nil }
+        if uri.scheme == GivenDisks.scheme { return [uri.scheme, uri.body] }
+        return (try? QEMUPlace(uri)).map { ["\($0.monitor)"] }
     }
 
     /// Opens a machine: `qmp+unix:PATH[?agent=PATH]`, `qmp+tcp:HOST:PORT?nbd=HOST:PORT&scratch=DIRECTORY[...]`,
-    /// `libvirt:URI/DOMAIN`. Nothing is asked of the hypervisor yet.
+    /// `libvirt:URI/DOMAIN`, `disks:NAME?snapshot=NAME&disk=ID=SOURCE`. Nothing is asked of the hypervisor yet.
     ///
     /// - Throws: `.invalid` for a malformed URI, `.unsupported` for hypervisors of later versions.
     public static func open(_ text: String) throws(BlockError) -> any Provider {
         if text.hasPrefix("libvirt:") { return LibvirtProvider(try LibvirtPlace(text)) }
         let uri = try MachineURI(text)
         switch uri.scheme {
+        case GivenDisks.scheme: return GivenDisks(try GivenDisksPlace(uri))
         case "qmp+unix", "qmp+tcp": return QEMUProvider(try QEMUPlace(uri))
         default:
             if let name = notYet[uri.scheme] {

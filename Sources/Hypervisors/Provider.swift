@@ -107,6 +107,8 @@ public enum Consistency: String, Sendable, Codable {
     case crashConsistent = "crash-consistent"
     /// The machine was powered off.
     case offline
+    /// The disks may have been written while they were read, as their user has accepted.
+    case inconsistent
 }
 
 /// One point in time of a machine's disks, open for reading until it is finished.
@@ -145,6 +147,8 @@ public struct SnapshotDisk: Sendable {
     public var size: UInt64
     /// Where it can be read: an NBD URI or another source.
     public var source: SourceReference
+    /// The disk, where it is open already: the source may be such as can be opened once only.
+    public var device: (any BlockDevice)?
     /// Seconds that its server has for each answer; nil for the usual.
     public var answerSeconds: Int?
     /// The meta context that tells what changed since the wanted checkpoint (`qemu:dirty-bitmap:...`); nil where the

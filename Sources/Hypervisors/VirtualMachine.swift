@@ -10,6 +10,9 @@ public struct VirtualMachine: Sendable {
     public var isRunning: Bool
     /// Whether an agent in the guest answers, so that its file systems can be frozen.
     public var hasGuestAgent: Bool
+    /// Whether somebody runs it who could freeze its file systems and track its changes. Where nobody does, nobody
+    /// expects it.
+    public var hasHypervisor = true
     /// All disks, also those that cannot be backed up.
     public var disks: [VirtualDisk]
     /// What is needed to define the machine again, kept with each restore point.

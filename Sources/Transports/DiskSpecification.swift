@@ -188,19 +188,6 @@ extension SourceReference {
         return try openDisk(file, decided)
     }
 
-    private func openHotAdded(_ reference: HotAddReference, writable: Bool) throws(BlockError) -> any BlockDevice {
-        switch reference {
-        case .present(let selector):
-            try allow(["timeout"])
-            guard let seconds = Double(parameter("timeout") ?? "\(HotAddedDisk.patience)"), (0...3600).contains(seconds)
-            else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
-            return try HotAddedDisk(selector: selector, isWritable: writable).open(seconds: seconds)
-        case .image(let image):
-            try checkImage(image)
-            return try HotAddedDisk.open(image, isWritable: writable)
-        }
-    }
-
     /// What format= says; nil without it.
     func formatHint() throws(BlockError) -> FormatHint? {
         guard let name = parameter("format") else { return nil }

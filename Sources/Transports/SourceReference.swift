@@ -187,7 +187,7 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
     }
 
     /// The value of a parameter.
-    func parameter(_ key: String) -> String? { parameters.last { $0.key == key }?.value }
+    public func parameter(_ key: String) -> String? { parameters.last { $0.key == key }?.value }
 
     /// A parameter that is true or false; false where it is missing.
     func flag(_ key: String) throws(BlockError) -> Bool {

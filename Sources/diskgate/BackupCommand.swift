@@ -22,6 +22,12 @@ struct BackupCommand: ParsableCommand {
     @OptionGroup var state: StateArguments
     @OptionGroup var report: ReportArguments
 
+    @Option(
+        help: ArgumentHelp(
+            "A disk of a machine disks:NAME, which no hypervisor is asked about, and where it is. May be repeated.",
+            valueName: "id=source"))
+    var source: [String] = []
+
     @Option(help: ArgumentHelp("The repository's directory; made where it is missing.", valueName: "directory"))
     var repository: String
 
@@ -92,7 +98,8 @@ struct BackupCommand: ParsableCommand {
 
     func run() throws {
         var request = BackupRequest(
-            machine: machine.vm, repository: repository, stateDirectory: state.directory)
+            machine: try Hypervisors.machine(machine.vm, withDisks: source), repository: repository,
+            stateDirectory: state.directory)
         request.disks = DiskSelection(included: disk, excluded: exclude)
         request.isFull = full
         request.quiescing = quiesce
@@ -141,7 +148,8 @@ private func quiescing(_ text: String) throws -> Quiescing {
 struct MachineArguments: ParsableArguments {
     @Option(
         help: ArgumentHelp(
-            "The virtual machine: qmp+unix:PATH, qmp+tcp:HOST:PORT, libvirt:URI/DOMAIN.", valueName: "machine"))
+            "The virtual machine: qmp+unix:PATH, qmp+tcp:HOST:PORT, libvirt:URI/DOMAIN, disks:NAME.",
+            valueName: "machine"))
     var vm: String
 }
 
@@ -152,6 +160,11 @@ struct StateArguments: ParsableArguments {
             "Where runs note what they have to give back (default: /var/lib/diskgate for root).",
             valueName: "directory"))
     var stateDirectory: String?
+
+    /// Disks that are added for this command are noted there, too.
+    func validate() throws {
+        if let stateDirectory { setenv("DISKGATE_STATE_DIRECTORY", stateDirectory, 1) }
+    }
 
     /// The directory.
     var directory: String { stateDirectory ?? defaultStateDirectory() }

@@ -39,24 +39,34 @@ struct DiskgateCommand: ParsableCommand {
     static func main() {
         Repository.openPointSources()
         Hypervisors.openHotAddControllers()
+        let status = perform()
+        ProcessLeases.releaseAll()
+        Glibc.exit(status)
+    }
+
+    /// Runs the command that the arguments name.
+    ///
+    /// - Returns: the exit status.
+    private static func perform() -> Int32 {
         do {
             var command = try parseAsRoot()
             try command.run()
+            return 0
         } catch let error as BlockError {
             writeError("diskgate: \(error.message)")
-            Glibc.exit(1)
+            return 1
         } catch let error as ExitCode {
-            Glibc.exit(error.rawValue)
+            return error.rawValue
         } catch {
             let status = exitCode(for: error)
             let message = fullMessage(for: error)
             if status == .success {
                 print(message)
-                Glibc.exit(0)
+                return 0
             }
             if !message.isEmpty { writeError(message) }
             // Argument errors are 64 in the library; a usage error is 2 here, as in every other Unix tool.
-            Glibc.exit(2)
+            return 2
         }
     }
 }
@@ -102,7 +112,9 @@ struct SourceArguments: ParsableArguments {
 
     /// Opens the disk; of several sources the first that can be, and says on standard error why not those before it.
     func open() throws -> OpenedSource {
-        let chosen = try specification().openChosen()
+        let disk = try specification()
+        try giveBackOnSignals(disk.sources)
+        let chosen = try disk.openChosen()
         report(chosen.choice)
         return OpenedSource(device: chosen.opened, choice: chosen.choice)
     }

@@ -158,6 +158,11 @@ struct ServeCommand: ParsableCommand {
     private func request() throws -> ServeRequest {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
+        let all = try sources.flatMap { try disk($0).sources }
+        if all.contains(where: { $0.transport == .hotadd }) {
+            // A server waits for its end by itself, once it is one.
+            if stdio { try giveBackOnSignals(all) } else { blockEndingSignals() }
+        }
         for (index, source) in sources.enumerated() {
             let device: any BlockDevice
             if let checkpoints {

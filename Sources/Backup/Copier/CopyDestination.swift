@@ -4,7 +4,7 @@ import Formats
 import Glibc
 import LinuxIO
 public import NBD
-import Transports
+public import Transports
 
 /// Where a copy goes.
 public enum CopyDestination: Sendable, Equatable {
@@ -16,6 +16,8 @@ public enum CopyDestination: Sendable, Equatable {
     case node(String)
     /// An export of a server.
     case nbd(NBDURI)
+    /// A disk that is hot-added to this machine.
+    case hotAdd(SourceReference)
 
     /// Takes a destination apart: `-`, a path, or an NBD URI.
     ///
@@ -25,7 +27,9 @@ public enum CopyDestination: Sendable, Equatable {
             self = .stream
             return
         }
-        switch try SourceReference(text).kind {
+        let reference = try SourceReference(text)
+        switch reference.kind {
+        case .hotAdd: self = .hotAdd(reference)
         case .nbd(let uri): self = .nbd(uri)
         case .path(let path):
             var status = stat()
@@ -43,7 +47,7 @@ public enum CopyDestination: Sendable, Equatable {
                 throw BlockError(
                     .invalid, "copying to \(path): it is neither a file nor a block device (- is standard output)")
             }
-        case .pattern, .memory, .point, .hotAdd, .san:
+        case .pattern, .memory, .point, .san:
             throw BlockError(.invalid, "copying to \(text): nothing can be written there; name a file or an NBD URI")
         }
     }
@@ -166,6 +170,11 @@ final class OpenDestination {
             (target, device) = (DeviceTarget(disk), disk)
             let facts = disk.info.identity.map { "\($0.key) \($0.value)" }.joined(separator: ", ")
             try openForeign(CopyIdentity(source: source, scope: scope, target: "\(path), \(facts)"), size, rules)
+        case .hotAdd(let reference):
+            let disk = try reference.openHotAddedTarget()
+            (target, device) = (DeviceTarget(disk), disk)
+            let facts = disk.info.identity.map { "\($0.key) \($0.value)" }.joined(separator: ", ")
+            try openForeign(CopyIdentity(source: source, scope: scope, target: facts), size, rules)
         case .nbd(let uri):
             let disk = try NBDDevice.open(uri, isWritable: true)
             (target, device) = (DeviceTarget(disk), disk)

@@ -35,7 +35,8 @@ public final class DeviceTarget: CopyTarget {
         granularity = UInt64(max(device.info.minimumBlock, 4096))
         isFile = device is RawFileDevice
         canClone = Atomic(isFile)
-        file = isFile || device is BlockNodeDevice ? Self.openFile(of: device) : nil
+        let place = Self.openFile(of: device)
+        file = isFile || place?.traits.contains(.blockNode) == true ? place : nil
         direct = isFile && isDurable ? file.flatMap { DirectWriter($0.descriptor) } : nil
         let isDirect = direct != nil || file?.traits.contains(.direct) == true
         // Storage is fastest with large pieces; file systems find new memory by the MiB at the least cost.
@@ -80,8 +81,12 @@ public final class DeviceTarget: CopyTarget {
     /// Lets the system forget what it keeps of the file, which is durable, so that reading it again tells what the
     /// storage has.
     func dropCache() {
-        guard isFile, let file else { return }
-        posix_fadvise(file.descriptor, 0, 0, POSIX_FADV_DONTNEED)
+        guard let file else { return }
+        if isFile {
+            posix_fadvise(file.descriptor, 0, 0, POSIX_FADV_DONTNEED)
+        } else {
+            _ = dg_block_drop_cache(file.descriptor)
+        }
     }
 }
 

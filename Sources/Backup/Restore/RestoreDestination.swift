@@ -44,9 +44,14 @@ public final class RestoreDestination: Sendable {
         _ text: String, size: UInt64, isDifferential: Bool, mayReplace: Bool, outside repository: Repository? = nil
     ) throws(BlockError) -> RestoreDestination {
         let reference = try SourceReference(text)
+        if case .hotAdd = reference.kind {
+            if !isDifferential && !mayReplace { throw refusal(text, "hot-added disk") }
+            return try existing(text, try reference.openHotAddedTarget(), size, marker: nil)
+        }
         guard case .path(let path) = reference.kind else {
             guard case .nbd = reference.kind else {
-                throw BlockError(.invalid, "restoring to \(text): give a file, a block device or an NBD export")
+                throw BlockError(
+                    .invalid, "restoring to \(text): give a file, a block device, a hotadd: disk or an NBD export")
             }
             var disk = DiskSpecification(reference)
             disk.access = .writable
@@ -63,12 +68,7 @@ public final class RestoreDestination: Sendable {
         if isThere && status.st_mode & S_IFMT == S_IFBLK {
             // Not while it is mounted, or in use in another way.
             options.isExclusive = true
-            if !isDifferential && !mayReplace {
-                throw BlockError(
-                    .invalid,
-                    "restoring to \(text): all that is on the block device would be lost; add --replace to overwrite "
-                        + "it, or --differential to write only what differs")
-            }
+            if !isDifferential && !mayReplace { throw refusal(text, "block device") }
             return try existing(text, try BlockNodeDevice.open(path, options), size, marker: nil)
         }
         if isThere && status.st_mode & S_IFMT != S_IFREG {
@@ -86,6 +86,13 @@ public final class RestoreDestination: Sendable {
         }
         if isThere { try refuseUsed(try Descriptor.open(path, O_RDONLY), path) }
         return try new(path, size, options)
+    }
+
+    private static func refusal(_ text: String, _ kind: String) -> BlockError {
+        BlockError(
+            .invalid,
+            "restoring to \(text): all that is on the \(kind) would be lost; add --replace to overwrite it, or "
+                + "--differential to write only what differs")
     }
 
     /// Refuses a file that QEMU has open: it locks bytes 100 and 200 and those behind them (block/file-posix.c).

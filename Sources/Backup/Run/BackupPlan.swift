@@ -32,6 +32,7 @@ struct BackupPlan {
         _ machine: VirtualMachine, _ request: BackupRequest, last: RestorePoint?, known: Set<String>,
         problem: (_ disk: PointManifest.Disk) -> String?
     ) throws(BlockError) {
+        let isTracked = machine.hasHypervisor
         let (chosen, others) = try request.disks.choose(from: machine)
         leftOut = others
         // A disk that was backed up before and cannot be now is not left out without a word.
@@ -41,6 +42,8 @@ struct BackupPlan {
         disks = []
         for disk in chosen {
             var level = Self.level(of: disk, request, last, problem)
+            // Nothing else was to be had.
+            if !isTracked && level.since == nil { level.isDowngrade = false }
             if let last, last.manifest.disk(disk.id) == nil, known.contains(disk.id), !request.isFull {
                 level.isDowngrade = true
             }

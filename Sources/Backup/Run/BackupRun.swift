@@ -222,7 +222,11 @@ public final class BackupRun {
         report.consistency = session.consistency
         report.freezeSeconds = session.freezeSeconds
         report.warnings += session.warnings
-        if session.consistency == .crashConsistent && request.quiescing != .never {
+        if session.consistency == .inconsistent {
+            report.downgrades.append("the disks may have been written while they were read: no snapshot is stated")
+        }
+        let wasToFreeze = context.machine.hasHypervisor && request.quiescing != .never
+        if session.consistency == .crashConsistent && wasToFreeze {
             report.downgrades.append("the guest's file systems were not frozen: the point is as after a power cut")
         }
         do throws(BlockError) {

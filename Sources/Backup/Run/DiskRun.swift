@@ -85,6 +85,7 @@ struct DiskRun {
     }
 
     private static func open(_ disk: SnapshotDisk) throws(BlockError) -> CopySource {
+        if let device = disk.device { return CopySource(device, identity: disk.source.description) }
         guard case .nbd(var uri) = disk.source.kind else { return try CopySource.open(DiskSpecification(disk.source)) }
         if let seconds = disk.answerSeconds { uri.timeoutSeconds = seconds }
         // Nothing but its server's end breaks a Unix socket: waiting for another one is of no use.
@@ -100,8 +101,12 @@ struct DiskRun {
 
     /// How the disk was reached.
     var transport: String {
-        guard case .nbd(let uri) = reference.kind else { return "file" }
-        return uri.tls == nil ? "nbd" : "nbdssl"
+        switch reference.kind {
+        case .nbd(let uri): uri.tls == nil ? "nbd" : "nbdssl"
+        case .hotAdd: "hotadd"
+        case .san: "san"
+        default: "file"
+        }
     }
 
     /// What the run knows of the disk before it is copied.

@@ -32,7 +32,7 @@ extension SourceReference {
     ///
     /// - Throws: `.invalid`.
     public func checkImage(_ image: HotAddImage) throws(BlockError) {
-        try allow(["controller", "format"])
+        try allow(["controller", "format", "direct"])
         let containers = [".qcow2", ".vmdk", ".vdi", ".vhdx", ".qed"]
         if parameter("format") == nil, containers.contains(where: { image.path.hasSuffix($0) }) {
             throw BlockError(
@@ -62,5 +62,61 @@ extension SourceReference {
             .invalid,
             "opening \(text): write serial=SERIAL, wwn=NAME or hctl=HOST:CHANNEL:TARGET:UNIT behind the colon "
                 + "(diskgate disks shows them), or image=PATH?controller=URI")
+    }
+
+    /// Opens a hot-added disk, or adds it first.
+    ///
+    /// - Parameter isDirect: whether it is read and written around the page cache; nil for what direct= says.
+    func openHotAdded(_ reference: HotAddReference, writable: Bool, isDirect: Bool? = nil) throws(BlockError)
+        -> any BlockDevice
+    {
+        let says = try flag("direct")
+        let isDirect = isDirect ?? says
+        switch reference {
+        case .present(let selector):
+            try allow(["timeout", "direct"])
+            guard let seconds = Double(parameter("timeout") ?? "\(HotAddedDisk.patience)"), (0...3600).contains(seconds)
+            else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
+            let disk = HotAddedDisk(selector: selector, isWritable: writable, isDirect: isDirect)
+            return try disk.open(seconds: seconds)
+        case .image(let image):
+            try checkImage(image)
+            let devices = try HotAddedDisk.open([image], isWritable: writable, isDirect: isDirect)
+            return devices[0]
+        }
+    }
+
+    /// Opens a hot-added disk for a copy or restore onto it, which goes around the page cache: the disk leaves again.
+    ///
+    /// - Throws: `BlockError` of the reason.
+    public func openHotAddedTarget() throws(BlockError) -> any BlockDevice {
+        guard case .hotAdd(let reference) = kind else {
+            throw BlockError(.invalid, "writing to \(self): it is no hot-added disk")
+        }
+        return try openHotAdded(reference, writable: true, isDirect: true)
+    }
+
+    /// Opens several disks for reading. Those that have to be added to this proxy come in one request for each
+    /// controller, so that they are there together or not at all.
+    ///
+    /// - Returns: the disks, in the order of their sources.
+    /// - Throws: `BlockError` of the first that cannot be opened; nothing stays open then.
+    public static func open(_ sources: [SourceReference]) throws(BlockError) -> [any BlockDevice] {
+        var images: [String: [(index: Int, image: HotAddImage)]] = [:]
+        for (index, source) in sources.enumerated() {
+            guard case .hotAdd(.image(let image)) = source.kind else { continue }
+            try source.checkImage(image)
+            images[image.controller, default: []].append((index, image))
+        }
+        var devices = [(any BlockDevice)?](repeating: nil, count: sources.count)
+        for wanted in images.values {
+            let opened = try HotAddedDisk.open(wanted.map(\.image), isWritable: false, isDirect: false)
+            for (place, device) in zip(wanted, opened) { devices[place.index] = device }
+        }
+        var result: [any BlockDevice] = []
+        for (source, device) in zip(sources, devices) {
+            if let device { result.append(device) } else { result.append(try source.open()) }
+        }
+        return result
     }
 }

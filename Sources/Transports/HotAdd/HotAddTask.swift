@@ -173,8 +173,10 @@ public struct HotAddTask: Sendable {
     }
 
     /// Gives back what a task has added, and strikes it out.
-    func release(_ ledger: RunLedger) throws(BlockError) {
-        let failure = giveBack(ledger.obligations.filter { $0.kind == Self.kind }, of: ledger, force: false).failure
+    ///
+    /// - Parameter force: takes them off even where somebody has them open.
+    func release(_ ledger: RunLedger, force: Bool) throws(BlockError) {
+        let failure = giveBack(ledger.obligations.filter { $0.kind == Self.kind }, of: ledger, force: force).failure
         try ledger.end()
         if let failure { throw failure }
     }

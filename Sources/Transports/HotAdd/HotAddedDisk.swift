@@ -11,6 +11,8 @@ struct HotAddedDisk {
 
     let selector: DiskSelector
     let isWritable: Bool
+    /// Whether it is read and written around the page cache.
+    var isDirect = false
     let inventory = DiskInventory()
 
     /// Waits until the disk is there, and opens it. Nobody else can mount, assemble or write it from then on.
@@ -23,61 +25,57 @@ struct HotAddedDisk {
         var options = RawOptions()
         options.isWritable = isWritable
         options.isExclusive = true
+        options.isDirect = isDirect
         let node = try BlockNodeDevice.openNode(disk.node, options)
         try check(node, is: disk)
         // Another machine may have written to it since this one read it last.
         let result = dg_block_drop_cache(node.number)
         if result < 0 { throw BlockError(errno: -result, "\(doing): dropping what is cached of \(disk.node)") }
         if isWritable || disk.isReadOnly { return try BlockNodeDevice(node, name: disk.node, options) }
-        let ledger = try Self.note(disk)
-        let forget: @Sendable () -> Void = {
-            for obligation in ledger.obligations { try? ledger.settle(obligation) }
-            try? ledger.end()
-        }
+        let lease = try Self.note(disk, node)
         do throws(BlockError) {
-            return HeldDevice(try BlockNodeDevice(node, name: disk.node, options), whenClosed: forget)
+            return HeldDevice(try BlockNodeDevice(node, name: disk.node, options)) { ProcessLeases.release(lease) }
         } catch {
-            forget()
+            ProcessLeases.release(lease)
             throw error
         }
     }
 
-    /// Adds an image to this proxy for as long as it is open.
+    /// Adds images to this proxy, all in one request, for as long as one of them is open.
     ///
-    /// - Throws: `BlockError`, which says so if the disk stays added.
-    static func open(_ image: HotAddImage, isWritable: Bool) throws(BlockError) -> any BlockDevice {
+    /// - Throws: `BlockError`, which says so if disks stay added.
+    static func open(_ images: [HotAddImage], isWritable: Bool, isDirect: Bool) throws(BlockError) -> [any BlockDevice]
+    {
         let task = HotAddTask()
-        let (disks, ledger) = try task.attach([image], isWritable: isWritable, isByHand: false)
+        let (disks, ledger) = try task.attach(images, isWritable: isWritable, isByHand: false)
+        let lease = HotAddLease(task, ledger)
+        var devices: [any BlockDevice] = []
         do throws(BlockError) {
-            let selector = DiskSelector.serial(disks.first?.serial ?? "")
-            let device = try HotAddedDisk(selector: selector, isWritable: isWritable).open()
-            return HeldDevice(device) {
-                do throws(BlockError) { try task.release(ledger) } catch {
-                    // Nobody is left who could be told otherwise; the ledger still knows of the disk.
-                    let text = "diskgate: \(error.message); diskgate doctor --fix takes it off\n"
-                    _ = text.withCString { write(STDERR_FILENO, $0, strlen($0)) }
-                }
+            for disk in disks {
+                let added = HotAddedDisk(selector: .serial(disk.serial), isWritable: isWritable, isDirect: isDirect)
+                devices.append(HeldDevice(try added.open()) { withExtendedLifetime(lease) {} })
             }
+            return devices
         } catch {
-            let reason = error
-            do throws(BlockError) { try task.release(ledger) } catch {
-                // Perhaps the machine's own volume manager was faster.
-                throw reason.followed(
-                    by: error.during("it stays added; diskgate doctor lists it, diskgate detach --force takes it off"))
-            }
-            throw reason
+            devices.removeAll()
+            throw error
         }
     }
 
     private var doing: String { "opening the hot-added disk \(selector)" }
 
     /// The kernel's read-only switch outlives the process that has set it.
-    private static func note(_ disk: AttachedDisk) throws(BlockError) -> RunLedger {
+    private static func note(_ disk: AttachedDisk, _ node: Descriptor) throws(BlockError) -> Int {
         let ledger = try RunLedger.begin(stateDirectory: defaultStateDirectory(), machine: "", repository: nil)
         _ = try ledger.intend(
             "node.read-only",
             ["node": disk.node, "diskseq": disk.diskSequence.map(String.init) ?? "", "wwn": disk.wwid ?? ""])
-        return ledger
+        return ProcessLeases.hold { isEnding in
+            // Otherwise closing the disk has done it.
+            if isEnding { _ = dg_block_make_writable(node.number) }
+            for obligation in ledger.obligations { try? ledger.settle(obligation) }
+            try? ledger.end()
+        }
     }
 
     /// The disk that is meant, once it is there.
@@ -127,6 +125,26 @@ struct HotAddedDisk {
                     + "instead of \(disk.wwid ?? "one without a name")); try again")
         }
     }
+}
+
+/// What a task has added, until nobody uses it any more, or the process ends.
+private final class HotAddLease: Sendable {
+    private let id: Int
+
+    init(_ task: HotAddTask, _ ledger: RunLedger) {
+        id = ProcessLeases.hold { isEnding in
+            // Nobody but this process can have them open.
+            do throws(BlockError) { try task.release(ledger, force: isEnding) } catch {
+                // Nobody is left who could be told otherwise; the ledger still knows of the disk. Perhaps the
+                // machine's own volume manager was faster.
+                let text =
+                    "diskgate: \(error.message); diskgate doctor --fix takes it off, or diskgate detach --force\n"
+                _ = text.withCString { write(STDERR_FILENO, $0, strlen($0)) }
+            }
+        }
+    }
+
+    deinit { ProcessLeases.release(id) }
 }
 
 extension Obligation {

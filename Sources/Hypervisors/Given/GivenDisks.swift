@@ -1,0 +1,118 @@
+// A machine of disks that the user names: hot-added, on LUNs, behind servers. No hypervisor is asked about it.
+import Block
+import FoundationEssentials
+import LinuxIO
+import Transports
+
+/// Disks that are there already, at a point in time that somebody else has made, as a machine that can be backed up.
+final class GivenDisks: Provider {
+    static let scheme = "disks"
+
+    let name: String
+    private let place: GivenDisksPlace
+    /// What is open already: a disk that is added for its backup is added once, not for each look at it.
+    private let opened = Locked<[String: any BlockDevice]>([:])
+
+    init(_ place: GivenDisksPlace) {
+        self.place = place
+        name = "\(Self.scheme):\(place.name)"
+    }
+
+    func identify() throws(BlockError) -> (id: String, name: String) { (name, place.name) }
+
+    func inspect() throws(BlockError) -> VirtualMachine {
+        var machine = VirtualMachine(id: name, name: place.name, isRunning: false)
+        machine.hasHypervisor = false
+        for (disk, device) in zip(place.disks, try open(place.disks)) {
+            var described = VirtualDisk(
+                id: disk.id, size: device.info.size, name: disk.source.description, format: device.info.format)
+            described.trackingObstacle = "nobody tells what changes on it"
+            machine.disks.append(described)
+        }
+        return machine
+    }
+
+    /// Opens disks that are not open yet; those that have to be added to this proxy first are added together.
+    private func open(_ disks: [(id: String, source: SourceReference)]) throws(BlockError) -> [any BlockDevice] {
+        try opened.withLock { (opened) throws(BlockError) in
+            let missing = disks.filter { opened[$0.id] == nil }
+            let devices = try SourceReference.open(missing.map(\.source))
+            for (disk, device) in zip(missing, devices) { opened[disk.id] = device }
+            return disks.compactMap { opened[$0.id] }
+        }
+    }
+
+    func begin(_ request: SnapshotRequest, ledger: RunLedger) throws(BlockError) -> any SnapshotSession {
+        if request.quiescing == .required {
+            throw BlockError(
+                .unsupported,
+                "backing up \(name): its file systems cannot be frozen from here: freeze them when the snapshot is "
+                    + "made, and say quiesced=yes instead of --quiesce required")
+        }
+        var chosen: [(id: String, source: SourceReference)] = []
+        for wanted in request.disks {
+            guard let disk = place.disks.first(where: { $0.id == wanted.id }) else {
+                throw BlockError(.notFound, "backing up \(name): there is no disk \(wanted.id)")
+            }
+            chosen.append(disk)
+        }
+        let devices = try open(chosen)
+        // What does not take part is given back now, the rest with the session.
+        opened.withLock { $0.removeAll() }
+        return GivenDisksSession(place, zip(chosen, devices).map { ($0, $1) })
+    }
+
+    func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {
+        throw BlockError(
+            .unsupported, "giving back \(obligation.kind) of \(name): nothing is ever made for given disks")
+    }
+
+    func protect() throws(BlockError) -> [String] { throw untracked("protecting") }
+    func unprotect() throws(BlockError) -> [String] { throw untracked("unprotecting") }
+    func resetTracking() throws(BlockError) -> [String] { throw untracked("resetting the change tracking of") }
+
+    private func untracked(_ doing: String) -> BlockError {
+        BlockError(.unsupported, "\(doing) \(name): nobody tracks changes on disks that are given by their sources")
+    }
+}
+
+/// The disks as they are, for as long as the session is held.
+private final class GivenDisksSession: SnapshotSession {
+    let consistency: Consistency
+    let freezeSeconds: Double? = nil
+    let time = Date().timeIntervalSince1970
+    let warnings: [String]
+    private let name: String
+    private let held: Locked<[SnapshotDisk]>
+
+    init(_ place: GivenDisksPlace, _ disks: [(disk: (id: String, source: SourceReference), device: any BlockDevice)]) {
+        name = place.name
+        let doubtful = disks.filter { $0.disk.source.parameter("inconsistent") == "yes" }.map(\.disk.id)
+        switch place.moment {
+        case .inconsistent: consistency = .inconsistent
+        case _ where !doubtful.isEmpty: consistency = .inconsistent
+        case .offline: consistency = .offline
+        case .snapshot(_, let isQuiesced): consistency = isQuiesced ? .quiesced : .crashConsistent
+        }
+        var warnings: [String] = []
+        if case .snapshot(let snapshot, _) = place.moment {
+            warnings.append("the disks are of the snapshot \(snapshot), by the word of who started this run")
+        }
+        self.warnings = warnings
+        held = Locked(
+            disks.map { disk, device in
+                var offered = SnapshotDisk(id: disk.id, size: device.info.size, source: disk.source)
+                offered.device = device
+                return offered
+            })
+    }
+
+    var disks: [SnapshotDisk] { held.withLock { $0 } }
+
+    func check(isLast: Bool) throws(BlockError) {
+        // While they are read, those that have to look again do so by themselves.
+        if isLast { for disk in disks { try disk.device?.confirm() } }
+    }
+
+    func finish(adopting: Bool) throws(BlockError) { held.withLock { $0.removeAll() } }
+}

@@ -1,0 +1,44 @@
+// Signals that end a command while it has a disk attached: the disk is given back first.
+import Block
+import CLinux
+import Glibc
+import LinuxIO
+import Transports
+
+/// Lets SIGINT, SIGTERM and SIGHUP give back what the process holds before they end it, where a disk is to be added to
+/// this machine, or guarded, for as long as it is open. Other sources leave nothing behind, and keep the system's ways.
+///
+/// The reader of a pipe that has enough ends writing with an error then, instead of the process with a signal.
+func giveBackOnSignals(_ sources: [SourceReference]) throws {
+    guard sources.contains(where: { $0.transport == .hotadd }) else { return }
+    signal(SIGPIPE, SIG_IGN)
+    let wanted = blockEndingSignals()
+    let number = dg_signalfd(wanted, Int32(wanted.count))
+    if number < 0 { throw BlockError(errno: -number, "waiting for signals") }
+    try startThread(name: "signals") {
+        let ending = dg_signal_read(number)
+        ProcessLeases.releaseAll()
+        guard ending > 0 else { Glibc._exit(1) }
+        // Whoever waits for this process is told what ended it.
+        var only = sigset_t()
+        sigemptyset(&only)
+        sigaddset(&only, ending)
+        signal(ending, SIG_DFL)
+        pthread_sigmask(SIG_UNBLOCK, &only, nil)
+        raise(ending)
+        Glibc._exit(1)
+    }
+}
+
+/// Keeps SIGINT, SIGTERM and SIGHUP waiting for whoever asks for them.
+///
+/// - Returns: these signals.
+@discardableResult
+func blockEndingSignals() -> [Int32] {
+    let wanted = [SIGINT, SIGTERM, SIGHUP]
+    var signals = sigset_t()
+    sigemptyset(&signals)
+    for signal in wanted { sigaddset(&signals, signal) }
+    pthread_sigmask(SIG_BLOCK, &signals, nil)
+    return wanted
+}

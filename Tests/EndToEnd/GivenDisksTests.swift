@@ -1,0 +1,92 @@
+// Backups of a machine that is given by its disks: whatever can be opened, without a hypervisor to ask.
+import Glibc
+import Testing
+
+/// A folder with a repository and two disks: a raw one, and one behind a server.
+private struct Given {
+    let folder: Folder
+    let raw: String
+    let served: String
+    let peer: Peer
+
+    init() throws {
+        folder = try Folder()
+        raw = try folder.image("one disk.raw", size: (3 << 20) + 512)
+        served = try folder.image("served.raw", size: 2 << 20, seed: 5)
+        peer = try Peer.nbdkit("file", served, in: folder)
+    }
+
+    func backup(_ machine: String, _ more: String...) throws -> Outcome {
+        try Tool.diskgate.run(
+            [
+                "backup", "--vm", machine, "--repository", folder.file("points"), "--state-directory",
+                folder.file("state"),
+                "--source", "sda=\(raw)", "--source", "sdb=\(peer.uri())",
+            ] + more)
+    }
+
+    func restored(_ point: String, _ disk: String) throws -> String {
+        let target = folder.file("restored-\(point)-\(disk).raw")
+        try run("diskgate", "restore", "--repository", folder.file("points"), point, target, "--disk", disk)
+        return target
+    }
+}
+
+@Suite struct GivenDisksTests {
+    @Test func `disks given by their sources are backed up and restored`() throws {
+        let given = try Given()
+        let first = try given.backup("disks:web?snapshot=nightly", "--json")
+        #expect(first.status == 0, "\(first)")
+        for fact in ["crash-consistent", "\"transport\" : \"nbd\"", "\"transport\" : \"file\""] {
+            #expect(first.text.contains(fact), "\(fact) is not in \(first.text)")
+        }
+        try run("dd", "if=/dev/zero", "of=\(given.raw)", "bs=1M", "count=1", "conv=notrunc", "status=none")
+        // Nobody could tell what has changed, so that this is no downgrade.
+        let second = try given.backup("disks:web?offline=yes", "--verify", "--json")
+        #expect(second.status == 0 && second.text.contains("offline"), "\(second)")
+        #expect(try isSame(given.restored("2", "sda"), given.raw))
+        #expect(try isSame(given.restored("1", "sdb"), given.served))
+        #expect(try !isSame(given.restored("1", "sda"), given.raw))
+        try run("diskgate", "verify", "--repository", given.folder.file("points"))
+    }
+
+    @Test func `disks that change while they are read are said to be doubtful`() throws {
+        let given = try Given()
+        let outcome = try given.backup("disks:web?inconsistent=yes")
+        #expect(outcome.status == 3 && outcome.text.contains("no snapshot is stated"), "\(outcome)")
+        let points = try run("diskgate", "points", "--repository", given.folder.file("points"))
+        #expect(points.text.contains("inconsistent"), "\(points.text)")
+    }
+
+    @Test func `a plan makes nothing, and one disk can be left out`() throws {
+        let given = try Given()
+        let plan = try given.backup("disks:web?snapshot=s", "--dry-run", "--exclude", "sdb")
+        #expect(plan.status == 0 && plan.text.contains("sda") && plan.text.contains("left out"), "\(plan)")
+        #expect(access(given.folder.file("points"), F_OK) != 0)
+    }
+
+    @Test(arguments: [
+        ("disks:web", "say what the disks are"), ("disks:?snapshot=s", "name of 1 to 200 bytes"),
+        ("disks:web?snapshot=s&offline=yes", "say what the disks are"), ("disks:web?offline=maybe", "offline=maybe"),
+        ("disks:web?offline=yes&quiesced=yes", "name it"), ("disks:web?snapshot=s&disk=sda=/x", "two disks sda"),
+        ("disks:web?snapshot=s&colour=red", "colour means nothing"), ("qmp+unix:/x", "knows its disks"),
+    ])
+    func `what is not said is asked for`(_ machine: String, _ what: String) throws {
+        let given = try Given()
+        let outcome = try given.backup(machine)
+        #expect(outcome.status == 1 && (outcome.errors + outcome.text).contains(what), "\(outcome)")
+        #expect(access(given.folder.file("points"), F_OK) != 0)
+    }
+
+    @Test func `a disk that is not there, or no tracking, is an error that says so`() throws {
+        let given = try Given()
+        let missing = try given.backup("disks:web?snapshot=s", "--source", "sdc=/nowhere/disk")
+        #expect(missing.status == 1 && missing.text.contains("/nowhere/disk"), "\(missing)")
+        let none = try attempt("diskgate", "backup", "--vm", "disks:web?snapshot=s", "--repository", "/nowhere/r")
+        #expect(none.status == 1 && (none.text + none.errors).contains("--source ID=SOURCE"), "\(none)")
+        let protected = try attempt("diskgate", "protect", "disks:web?snapshot=s&disk=sda=\(given.raw)")
+        #expect(protected.status == 1 && protected.errors.contains("nobody tracks changes"), "\(protected)")
+        let frozen = try given.backup("disks:web?snapshot=s", "--quiesce", "required")
+        #expect(frozen.status == 1 && frozen.text.contains("cannot be frozen"), "\(frozen)")
+    }
+}
