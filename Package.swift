@@ -38,6 +38,8 @@ let package = Package(
         .target(name: "CLinux", cSettings: gnuSource, linkerSettings: [.linkedLibrary("uring")]),
         // Only OpenSSL's headers are needed to build; the library is loaded when TLS is used.
         .target(name: "COpenSSL", cSettings: gnuSource, linkerSettings: [.linkedLibrary("dl")]),
+        // Nothing of libiscsi is needed to build; the library is loaded when an iscsi: source is opened.
+        .target(name: "CISCSI", cSettings: gnuSource, linkerSettings: [.linkedLibrary("dl")]),
         .target(name: "Block", cSettings: gnuSource, swiftSettings: settings),
         .target(name: "LinuxIO", dependencies: ["Block", "CLinux"], cSettings: gnuSource, swiftSettings: settings),
         .target(
@@ -48,8 +50,8 @@ let package = Package(
             dependencies: ["Block", "LinuxIO", "CLinux", "COpenSSL", .product(name: "Logging", package: "swift-log")],
             cSettings: gnuSource, swiftSettings: settings),
         .target(
-            name: "Transports", dependencies: ["Block", "CLinux", "LinuxIO", "Formats", "NBD"], cSettings: gnuSource,
-            swiftSettings: settings),
+            name: "Transports", dependencies: ["Block", "CISCSI", "CLinux", "LinuxIO", "Formats", "NBD"],
+            cSettings: gnuSource, swiftSettings: settings),
         .target(
             name: "Hypervisors",
             dependencies: [

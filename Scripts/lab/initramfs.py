@@ -21,7 +21,8 @@ AGENT_PORT = 7000
 BOOT_MODULES = ["virtio_pci", "virtio_net", "virtio_blk", "sd_mod", "sg", "virtio_scsi", "vmw_pvscsi", "virtio_rng"]
 # Carried, and loaded with `modprobe NAME` in the guest.
 MORE_MODULES = ["nbd", "vsock_loopback", "iscsi_tcp", "tls", "aesni_intel", "loop", "fuse", "scsi_debug", "xfs", "btrfs",
-                "dm_mod", "dm_snapshot", "dm_multipath", "vfat", "nls_ascii", "nls_iso8859_1", "nls_cp437", "crc32c_intel"]
+                "dm_mod", "dm_snapshot", "dm_multipath", "dm_round_robin", "vfat", "nls_ascii", "nls_iso8859_1",
+                "nls_cp437", "crc32c_intel"]
 # Initramfs images that stay in the cache beside the one in use.
 CACHED_IMAGES = 3
 

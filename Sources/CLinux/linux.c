@@ -12,6 +12,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <scsi/sg.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -130,6 +131,33 @@ int dg_clone_range(int source, uint64_t from, uint64_t length, int target, uint6
 }
 
 int dg_block_disk_sequence(int fd, uint64_t *sequence) { return checked(ioctl(fd, BLKGETDISKSEQ, sequence)); }
+
+int dg_scsi_read(
+    int fd, const uint8_t *block, uint8_t block_length, void *buffer, uint32_t length, uint32_t timeout_ms,
+    dg_scsi_answer *answer) {
+    unsigned char copy[16] = {0};
+    if (block_length > sizeof copy) return -EINVAL;
+    memcpy(copy, block, block_length);
+    memset(answer, 0, sizeof *answer);
+    struct sg_io_hdr request = {
+        .interface_id = 'S',
+        .dxfer_direction = length ? SG_DXFER_FROM_DEV : SG_DXFER_NONE,
+        .cmd_len = block_length,
+        .mx_sb_len = sizeof answer->sense,
+        .dxfer_len = length,
+        .dxferp = buffer,
+        .cmdp = copy,
+        .sbp = answer->sense,
+        .timeout = timeout_ms,
+    };
+    if (ioctl(fd, SG_IO, &request) < 0) return -errno;
+    answer->status = request.status;
+    answer->sense_length = request.sb_len_wr;
+    answer->residual = request.resid;
+    // What the adapter says counts where the unit has said nothing. The driver's 8 only says that there is sense data.
+    if (request.status == 0 && (request.host_status != 0 || (request.driver_status & 7) != 0)) return -EIO;
+    return 0;
+}
 
 int dg_open_beneath(int directory, const char *path, int flags) {
     struct open_how how = {0};

@@ -30,6 +30,21 @@ public protocol FileResolver: Sendable {
     ///   has no protocol prefix.
     /// - Throws: `.notFound`, `.denied` when the name leads out of the allowed directories, or what opening throws.
     func open(_ name: String) throws(BlockError) -> ResolvedFile
+
+    /// Opens the LUN that a raw device mapping stands for, for reading. Where there are no such mappings it refuses.
+    ///
+    /// - Parameter name: of the mapping file, as it stands in the image.
+    /// - Throws: as `open`; `.unsupported` where the LUN cannot be told or reached.
+    func openMappedDevice(_ name: String) throws(BlockError) -> ResolvedFile
+}
+
+extension FileResolver {
+    public func openMappedDevice(_ name: String) throws(BlockError) -> ResolvedFile {
+        throw BlockError(
+            .unsupported,
+            "opening the LUN that \(name) maps: which one it is is known on its datastore only "
+                + "(san:DATASTORE/...); the LUN itself is san:wwn=NAME")
+    }
 }
 
 /// Refuses names that are no plain file names, saying why.

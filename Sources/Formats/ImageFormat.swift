@@ -23,7 +23,7 @@ public enum ImageFormat: String, Sendable, CaseIterable {
     case luks
 
     /// Whether disks of this format can be opened.
-    public var isSupported: Bool { self == .raw || self == .qcow2 }
+    public var isSupported: Bool { self == .raw || self == .qcow2 || self == .vmdk }
 
     /// Bytes at the start of a file that recognition looks at.
     static let magicLength = 512
@@ -41,9 +41,7 @@ public enum ImageFormat: String, Sendable, CaseIterable {
         if start.count >= 8, start.bigEndian(0, as: UInt32.self) == Qcow2Header.magic {
             return start.bigEndian(4, as: UInt32.self) == 1 ? .qcow : .qcow2
         }
-        if begins("KDMV") || begins("COWD") || begins("# Disk DescriptorFile") { return .vmdk }
-        // seSparse, the snapshots of VMFS 6.
-        if start.count >= 8, start.littleEndian(0, as: UInt64.self) == 0xCAFE_BABE { return .vmdk }
+        if VMDKFileKind(start) != nil { return .vmdk }
         if begins("vhdxfile") { return .vhdx }
         if begins("conectix") { return .vhd }
         if begins("QED\0") { return .qed }
@@ -70,10 +68,11 @@ public enum ImageFormat: String, Sendable, CaseIterable {
     /// The format that a file name promises by its ending: qcow2, vmdk, vhd, vhdx, vdi, qcow, qed; or nil.
     ///
     /// A guest does not name the file its disk lies in, so a name can be trusted where bytes cannot. "-flat.vmdk" is
-    /// raw, as are ".raw" and ".img".
+    /// raw, as are the parts "-f001.vmdk" and so on of disks in flat files, ".raw" and ".img".
     static func promised(byName name: String) -> ImageFormat? {
         let lower = name.lowercased()
         for ending in [".raw", ".img", "-flat.vmdk"] where lower.hasSuffix(ending) { return .raw }
+        if lower.hasSuffix(".vmdk"), isFlatPart(lower.dropLast(".vmdk".count)) { return .raw }
         guard let dot = lower.lastIndex(of: "."), !lower[dot...].contains("/") else { return nil }
         switch lower[lower.index(after: dot)...] {
         case "qcow2", "qcow2c", "q2": return .qcow2
@@ -85,6 +84,13 @@ public enum ImageFormat: String, Sendable, CaseIterable {
         case "qed": return .qed
         default: return nil
         }
+    }
+
+    /// Whether a name without its ending ends in "-f" and digits.
+    private static func isFlatPart(_ name: Substring) -> Bool {
+        var rest = name
+        while let last = rest.last, last.isASCII, last.isNumber { rest.removeLast() }
+        return rest.count < name.count && rest.hasSuffix("-f")
     }
 
     /// The format of a backing file by the name that an image records for it (qemu's driver names), or nil.

@@ -55,14 +55,18 @@ func decideFormat(_ device: any BlockDevice, _ hint: FormatHint) throws(BlockErr
 /// - Parameters:
 ///   - file: the file, its identity, and what opens the files it names.
 ///   - hint: what is known about its format.
+///   - options: how qcow2 images are opened.
+///   - vmdk: how VMDKs are opened.
 /// - Throws: `BlockError` when the format is unknown, unsupported or contradicts the file's name, when the image is
 ///   corrupt, when it names files and its format was recognised by its first bytes alone, or when one of these files
 ///   cannot be opened.
-public func openDisk(_ file: ResolvedFile, _ hint: FormatHint, _ options: Qcow2Options = Qcow2Options())
-    throws(BlockError) -> any BlockDevice
-{
+public func openDisk(
+    _ file: ResolvedFile, _ hint: FormatHint, _ options: Qcow2Options = Qcow2Options(),
+    vmdk: VMDKOptions = VMDKOptions()
+) throws(BlockError) -> any BlockDevice {
     let decision = try decideFormat(file.device, hint)
     if decision.format == .raw { return file.device }
+    if decision.format == .vmdk { return try openVMDK(file, mayOpenSiblings: decision.mayOpenSiblings, vmdk) }
     let chain = try openChain(file, mayOpenSiblings: decision.mayOpenSiblings, options)
     var device = chain.base
     for layer in chain.layers.reversed() {
@@ -111,8 +115,11 @@ private func openChain(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: Qc
         layers.append(OpenedImage(file: file, header: header, dataFile: dataFile))
         guard let backing = header.backingName else { return (layers, nil) }
         let next = try sibling(backing, "backing file", of: file)
-        if try backingFormat(header, next, of: name) == .raw { return (layers, next.device) }
-        file = next
+        switch try backingFormat(header, next, of: name) {
+        case .raw: return (layers, next.device)
+        case .vmdk: return (layers, try openVMDK(next, mayOpenSiblings: true, VMDKOptions()))
+        default: file = next
+        }
     }
 }
 

@@ -10,6 +10,9 @@ public final class BlockNodeDevice: BlockDevice {
     private let storage: RawStorage
     private let restoreWritable: Bool
     private let sector: UInt64
+    /// What the LUN behind the node tells of its storage, once it was asked; nil where there is nobody to ask.
+    private let provisioning = Locked<ProvisioningMap??>(nil)
+    private let mayTellStorage: Bool
 
     /// Opens a block node.
     ///
@@ -56,9 +59,14 @@ public final class BlockNodeDevice: BlockDevice {
         info.preferredBlock = limits.preferred
         info.writesArePrompt = options.isWritable && !options.isDirect
         info.canDiscard = options.isWritable
+        var isWholeUnit = false
         if let disk = try? DiskInventory().disk(of: node) {
             info.isRotational = disk.isRotational
             info.identity = disk.identity
+            let number = UInt64(status.st_rdev)
+            isWholeUnit =
+                (disk.address != nil || disk.isMultipathMap) && disk.major == dg_device_major(number)
+                && disk.minor == dg_device_minor(number)
         }
         var diskSequence: UInt64 = 0
         if dg_block_disk_sequence(node.number, &diskSequence) == 0 {
@@ -77,6 +85,8 @@ public final class BlockNodeDevice: BlockDevice {
             madeReadOnly = true
         }
         self.info = info
+        // What was written here may still be in the page cache, of which the unit knows nothing.
+        mayTellStorage = isWholeUnit && !options.isWritable
         storage = RawStorage(node, status: status, traits: traits, info: info)
         restoreWritable = madeReadOnly
         sector = UInt64(limits.logicalSector)
@@ -89,6 +99,35 @@ public final class BlockNodeDevice: BlockDevice {
     public func map(_ range: Range<UInt64>, _ patience: Patience, into extents: inout ExtentList) throws(BlockError)
         -> UInt64
     { storage.map(range, into: &extents) }
+
+    public func status(_ context: StatusContext, of range: Range<UInt64>, into list: inout StatusList)
+        throws(BlockError) -> UInt64
+    {
+        switch context {
+        case .depth: return list.append(range.count64, 1) ? range.upperBound : range.lowerBound
+        case .dirtyBitmap:
+            throw BlockError(.invalid, "asking \(info.name) for a dirty bitmap: a block device has none")
+        case .allocation:
+            // What another program of this machine has written is not on the unit before it is flushed.
+            guard let map = storageMap(), map.isTelling, fdatasync(storage.descriptor.number) == 0 else {
+                return list.append(range.count64, AllocationFlags.data) ? range.upperBound : range.lowerBound
+            }
+            return try map.status(of: range, into: &list)
+        }
+    }
+
+    /// The map of the unit's storage; asks the unit the first time.
+    private func storageMap() -> ProvisioningMap? {
+        guard mayTellStorage else { return nil }
+        return provisioning.withLock { known in
+            if let known { return known }
+            let path = SCSINode(node: storage.descriptor, unitName: info.name)
+            let facts = try? LogicalUnitFacts(capacityOf: path)
+            let map = facts.flatMap { $0.size == info.size ? ProvisioningMap(path, $0) : nil }
+            known = .some(map)
+            return map
+        }
+    }
 
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
         try storage.write(bytes, at: offset, durable: durable)

@@ -55,6 +55,31 @@ public func connect(to address: ServerAddress, deadline: Double) throws(BlockErr
     }
 }
 
+/// The addresses of a host, as numbers, in the order to try them.
+///
+/// - Throws: `.notFound` for a name without an address. How long that takes is the system's affair.
+public func numericAddresses(of host: String) throws(BlockError) -> [String] {
+    var hints = addrinfo()
+    hints.ai_socktype = Int32(SOCK_STREAM.rawValue)
+    var found: UnsafeMutablePointer<addrinfo>?
+    let result = getaddrinfo(host, nil, &hints, &found)
+    if result != 0 {
+        throw BlockError(.notFound, "looking up \(host): \(String(cString: gai_strerror(result)))")
+    }
+    defer { freeaddrinfo(found) }
+    var addresses: [String] = []
+    var next = found
+    while let info = next?.pointee {
+        next = info.ai_next
+        var text = [CChar](repeating: 0, count: Int(NI_MAXHOST))
+        let length = socklen_t(text.count)
+        let result = getnameinfo(info.ai_addr, info.ai_addrlen, &text, length, nil, 0, NI_NUMERICHOST)
+        let address = String(decoding: text.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)
+        if result == 0 && !addresses.contains(address) { addresses.append(address) }
+    }
+    return addresses
+}
+
 /// Ends what stands behind a socket of `connect`, where that is a process: at once, not when it notices.
 public func abandon(_ socket: Descriptor) { ConnectedProcess.abandon(socket) }
 

@@ -152,7 +152,12 @@ extension SourceReference {
                         + "scratch space)")
             }
             return try point.open()
-        case .san(let reference): return try openSAN(reference, writable: writable)
+        case .san(let reference):
+            return try openSAN(reference, writable: writable, imageDirectories: imageDirectories)
+        case .iscsi(let reference):
+            let file = ResolvedFile(
+                device: try ISCSIDevice(reference, isWritable: writable), identity: "\(reference)", resolver: nil)
+            return try openDisk(file, try formatHint() ?? .guess(name: reference.target, isNodeOrRemote: true))
         case .hotAdd(let reference): return try openHotAdded(reference, writable: writable)
         case .nbd(let uri):
             let device = try NBDDevice.open(uri, isWritable: writable)

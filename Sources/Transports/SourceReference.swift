@@ -21,6 +21,8 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
         case hotAdd(HotAddReference)
         /// A LUN that this machine sees, or a file of a datastore on such LUNs.
         case san(SANReference)
+        /// A logical unit of an iSCSI target, reached without the kernel.
+        case iscsi(ISCSIReference)
     }
 
     /// What the reference names.
@@ -33,10 +35,10 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
     public static func == (left: Self, right: Self) -> Bool { left.description == right.description }
 
     /// URI schemes that name sources this version cannot open, and what they would be.
-    static let notYet = ["iscsi": "an iSCSI LUN", "vddk": "a VDDK disk"]
+    static let notYet = ["vddk": "a VDDK disk"]
 
     /// Takes a reference apart: PATH, file:PATH or file:///PATH, pattern:SIZE, memory:SIZE, point:POINT, hotadd:DISK,
-    /// NBD URIs, with ?KEY=VALUE&...
+    /// san:LUN, iscsi://HOST/TARGET/LUN, NBD URIs, with ?KEY=VALUE&...
     ///
     /// - Throws: `.invalid` for a malformed reference, `.unsupported` for a scheme that cannot be opened here.
     public init(_ text: String) throws(BlockError) {
@@ -56,13 +58,15 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
             return
         }
         let (body, query) = Self.split(text[text.index(after: colon)...])
-        parameters = try Self.parameters(query, of: text)
+        // Somebody may have written a password there, which is not to be repeated.
+        parameters = try Self.parameters(query, of: scheme == "iscsi" ? "an iscsi: source" : text)
         switch scheme {
         case "file": kind = .path(try Self.filePath(body, of: text))
         case "pattern": kind = .pattern(size: try ByteCount(String(body)).bytes)
         case "point": kind = .point(try Self.point(body, parameters, of: text))
         case "hotadd": kind = .hotAdd(try Self.hotAdd(body, parameters, of: text))
         case "san": kind = .san(try Self.san(body, of: text))
+        case "iscsi": kind = .iscsi(try ISCSIReference(body, parameters, decode: Self.decoded))
         case "memory": kind = .memory(size: try ByteCount(String(body)).bytes)
         default:
             if let what = Self.notYet[scheme] {

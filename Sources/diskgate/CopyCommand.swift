@@ -23,7 +23,7 @@ struct CopyCommand: ParsableCommand {
     @Argument(help: "Where to copy to.")
     var destination: String
 
-    @Option(help: "The format to write: raw or qcow2 (stream-optimized-vmdk cannot be written yet).")
+    @Option(help: "The format to write: raw, qcow2 or stream-optimized-vmdk.")
     var toFormat: String?
 
     @Flag(help: "Compress a qcow2 image (zstd).")
@@ -108,19 +108,19 @@ struct CopyCommand: ParsableCommand {
     }
 
     private func format(of destination: CopyDestination) throws -> CopyFormat {
-        if toFormat == "stream-optimized-vmdk" {
-            throw BlockError(
-                .unsupported, "copying to stream-optimized-vmdk: this version of diskgate cannot write that yet")
-        }
         guard let format = CopyFormat(rawValue: toFormat ?? "raw") else {
-            throw ValidationError("--to-format \(toFormat ?? "") is no format that can be written: raw, qcow2")
+            throw ValidationError(
+                "--to-format \(toFormat ?? "") is no format that can be written: raw, qcow2, "
+                    + "stream-optimized-vmdk")
         }
         if compress && format != .qcow2 { throw ValidationError("--compress needs --to-format qcow2") }
         if case .file(let path) = destination, toFormat == nil,
             let suffix = [".qcow2", ".vmdk", ".vdi", ".vhdx"].first(where: { path.hasSuffix($0) })
         {
             throw ValidationError(
-                "\(path) ends in \(suffix), but a raw disk would be written there: say --to-format qcow2 or raw")
+                "\(path) ends in \(suffix), but a raw disk would be written there: say "
+                    + "--to-format with raw or another format"
+            )
         }
         return format
     }

@@ -10,7 +10,7 @@ import Transports
 ///
 /// The reader of a pipe that has enough ends writing with an error then, instead of the process with a signal.
 func giveBackOnSignals(_ sources: [SourceReference]) throws {
-    guard sources.contains(where: { $0.transport == .hotadd }) else { return }
+    if !sources.contains(where: \.isHotAdded) { return }
     signal(SIGPIPE, SIG_IGN)
     let wanted = blockEndingSignals()
     let number = dg_signalfd(wanted, Int32(wanted.count))
@@ -41,4 +41,11 @@ func blockEndingSignals() -> [Int32] {
     for signal in wanted { sigaddset(&signals, signal) }
     pthread_sigmask(SIG_BLOCK, &signals, nil)
     return wanted
+}
+
+extension SourceReference {
+    /// Whether opening it leaves something to give back.
+    var isHotAdded: Bool {
+        if case .hotAdd = kind { true } else { false }
+    }
 }

@@ -24,6 +24,7 @@ struct LsCommand: ParsableCommand {
         var version: String?
         var capacity: UInt64?
         var replica: String?
+        var copy: String?
         var nodes: [String]
         var problem: String?
     }
@@ -45,7 +46,7 @@ struct LsCommand: ParsableCommand {
             throw BlockError(
                 .invalid, "listing \(source): only datastores have something to list (san:, san:DATASTORE/)")
         }
-        let datastores = Datastores(on: reference.logicalUnits)
+        let datastores = try reference.datastores()
         if datastore.isEmpty { return try list(datastores) }
         let entries = try datastores.volume(named: datastore).list(path).map { entry in
             Entry(
@@ -68,13 +69,14 @@ struct LsCommand: ParsableCommand {
         let list = found.map { item in
             Datastore(
                 label: item.volume?.label, uuid: item.volume.map { "\($0.uuid)" }, version: item.volume?.version,
-                capacity: item.volume?.capacity, replica: item.volume?.replica, nodes: item.nodes,
-                problem: item.problem?.message)
+                capacity: item.volume?.capacity, replica: item.volume?.replica, copy: item.copy,
+                nodes: item.nodes, problem: item.problem?.message)
         }
         if report.json { try printJSON(list) }
         for item in list where !report.json {
             let size = item.capacity.map { readable($0) } ?? ""
-            let rest = [item.version.map { "VMFS \($0)" }, item.uuid, item.replica, item.problem].compactMap(\.self)
+            let rest = [item.version.map { "VMFS \($0)" }, item.uuid, item.replica, item.copy, item.problem]
+                .compactMap(\.self)
             print("\((item.label ?? "?").padded(24)) \(size.paddedLeft(10))  \(rest.joined(separator: "  "))")
             print("    on \(item.nodes.joined(separator: ", "))")
         }

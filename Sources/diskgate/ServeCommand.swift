@@ -159,7 +159,7 @@ struct ServeCommand: ParsableCommand {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
         let all = try sources.flatMap { try disk($0).sources }
-        if all.contains(where: { $0.transport == .hotadd }) {
+        if all.contains(where: \.isHotAdded) {
             // A server waits for its end by itself, once it is one.
             if stdio { try giveBackOnSignals(all) } else { blockEndingSignals() }
         }

@@ -140,7 +140,8 @@ import Testing
     /// Arguments, and the exit status that they lead to.
     private static let refused: [(arguments: String, status: Int32)] = [
         ("pattern:1M x.qcow2", 2), ("pattern:1M x.raw --to-format vhd", 2),
-        ("pattern:1M x.vmdk --to-format stream-optimized-vmdk", 1), ("pattern:1M memory:1M", 1),
+        ("pattern:1M x.vmdk --to-format stream-optimized-vmdk --resume", 1), ("pattern:1M x.vmdk", 2),
+        ("pattern:1M - --to-format stream-optimized-vmdk --resume", 1), ("pattern:1M memory:1M", 1),
         ("pattern:1M - --verify", 1), ("pattern:1M x.raw --changed b", 1), ("pattern:1M x.raw --workers 0", 1),
         ("pattern:1M x.raw --no-flush --verify", 1), ("pattern:1M x.raw --no-flush --journal x.j", 1),
         ("pattern:1M x.qcow2 --no-flush --to-format qcow2", 1), ("pattern:1M - --no-flush", 1),

@@ -24,7 +24,7 @@ import Testing
         return bytes
     }
 
-    @Test(arguments: ["disk.raw", "disk.img", "DISK.IMG", "vm-flat.vmdk", "/a/b.qcow2/disk.raw"])
+    @Test(arguments: ["disk.raw", "disk.img", "DISK.IMG", "vm-flat.vmdk", "vm-f001.vmdk", "/a/b.qcow2/disk.raw"])
     func rawNamesAreRawWhateverTheGuestWrote(name: String) throws {
         let device = try guess(BytesDevice(guestWritten()), name)
         #expect(device.info.format == "raw")
@@ -81,8 +81,7 @@ import Testing
         var vdi = [UInt8](repeating: 0, count: 512)
         vdi.replaceSubrange(64..<68, with: [0x7F, 0x10, 0xDA, 0xBE])
         let starts: [([UInt8], ImageFormat)] = [
-            (Array("KDMV".utf8), .vmdk), (Array("COWD".utf8), .vmdk), (Array("# Disk DescriptorFile\n".utf8), .vmdk),
-            ([0xBE, 0xBA, 0xFE, 0xCA, 0, 0, 0, 0], .vmdk), (Array("vhdxfile".utf8), .vhdx),
+            (Array("vhdxfile".utf8), .vhdx),
             (Array("conectix".utf8), .vhd), (Array("QED\0".utf8), .qed), (vdi, .vdi),
             ([0x4C, 0x55, 0x4B, 0x53, 0xBA, 0xBE], .luks), ([0x51, 0x46, 0x49, 0xFB, 0, 0, 0, 1], .qcow),
         ]
@@ -96,6 +95,36 @@ import Testing
             let file = ResolvedFile(device: BytesDevice(bytes), identity: "1", resolver: nil)
             #expect(try openDisk(file, .explicit(.raw)).info.format == "raw")
         }
+    }
+
+    @Test func filesOfVMDKsAreRecognised() {
+        let starts: [[UInt8]] = [
+            Array("KDMV".utf8), Array("COWD".utf8), Array("# Disk DescriptorFile\n".utf8),
+            Array("# disk descriptorfile\r\n".utf8), [0xBE, 0xBA, 0xFE, 0xCA, 0, 0, 0, 0],
+        ]
+        for start in starts { #expect(start.withUnsafeBytes { ImageFormat.recognised(by: $0) } == .vmdk) }
+        let others: [[UInt8]] = [
+            Array("KDM".utf8), Array("# Disk Descriptor".utf8), [0xBE, 0xBA, 0xFE, 0xCA, 1, 0, 0, 0],
+        ]
+        for start in others { #expect(start.withUnsafeBytes { ImageFormat.recognised(by: $0) } == nil) }
+    }
+
+    @Test func vmdkKnownByItsBytesAloneNeverOpensAnotherFile() throws {
+        let files = FilesInMemory(files: [
+            "disk": VMDKBytes.descriptor(["RW 8 FLAT \"secret\" 0"]), "secret": [UInt8](repeating: 1, count: 4096),
+        ])
+        let error = #expect(throws: BlockError.self) { try files.disk("disk") }
+        #expect(error?.kind == .denied && error?.message.contains("format=vmdk") == true)
+        #expect(try openDisk(files.open("disk"), .explicit(.vmdk)).info.size == 4096)
+    }
+
+    @Test func qcow2OverAVMDKIsRead() throws {
+        let scratch = try Scratch()
+        try scratch.makeRaw("base.raw", size: 1 << 20, seed: 2)
+        try scratch.qemuImg("convert -f raw -O vmdk base.raw base.vmdk")
+        try scratch.qemuImg("create -q -f qcow2 -b base.vmdk -F vmdk a.qcow2")
+        try scratch.qemuIO("a.qcow2", ["write -P 1 100k 64k"])
+        try expectSameAsQEMU(scratch, "a.qcow2", try scratch.open("a.qcow2"))
     }
 
     @Test func imagesThatQEMUMakesAreRecognised() throws {
@@ -138,10 +167,10 @@ import Testing
 
     @Test func unsupportedBackingFormatIsNamed() throws {
         let scratch = try Scratch()
-        try scratch.qemuImg("create -q -f vmdk base.vmdk 1M")
-        try scratch.qemuImg("create -q -f qcow2 -b base.vmdk -F vmdk a.qcow2")
+        try scratch.qemuImg("create -q -f vdi base.vdi 1M")
+        try scratch.qemuImg("create -q -f qcow2 -b base.vdi -F vdi a.qcow2")
         let error = #expect(throws: BlockError.self) { try scratch.open("a.qcow2") }
-        #expect(error?.message.contains("vmdk") == true)
+        #expect(error?.message.contains("vdi") == true)
     }
 
     @Test func missingBackingFileIsAnErrorThatNamesBoth() throws {

@@ -44,6 +44,8 @@ let package = Package(
         fuzzer("SidecarFuzz", ["Backup", "LinuxIO"]),
         fuzzer("StartTLSFuzz", ["LinuxIO", "NBD"]),
         fuzzer("TransmissionFuzz", ["LinuxIO", "NBD"]),
+        fuzzer("VMDKDescriptorFuzz", ["Formats"]),
+        fuzzer("VMDKFuzz", ["Formats"]),
         fuzzer("VMFSFuzz", ["Formats"]),
     ],
     swiftLanguageModes: [.v6]

@@ -6,7 +6,7 @@ import Testing
     @Test(arguments: [
         "README.md", "Docs/Architecture.md", "Docs/Commands.md", "Docs/Dependencies.md", "Docs/NBD.md",
         "Docs/Operations.md", "Docs/Performance.md", "Docs/Security.md", "Docs/Backup.md", "Docs/Hypervisors.md",
-        "Docs/Repository.md", "Docs/TLS.md", "Docs/Transports.md", "Docs/VMFS.md",
+        "Docs/Repository.md", "Docs/TLS.md", "Docs/Transports.md", "Docs/VMDK.md", "Docs/VMFS.md",
     ])
     func everyNamedFileExists(document: String) throws {
         let text = try #require(Repository.read(document))

@@ -2,22 +2,23 @@
 import Block
 import Formats
 import Glibc
-import LinuxIO
 import Support
 import Testing
-import Transports
+
+@testable import LinuxIO
+@testable import Transports
 
 /// Images of a datastore's LUNs, made by the lab's builder.
 private struct Datastore {
     let directory: TemporaryDirectory
     let luns: [String]
 
-    init(_ directory: TemporaryDirectory, luns count: Int) throws {
+    init(_ directory: TemporaryDirectory, luns count: Int, isWhole: Bool = false) throws {
         self.directory = directory
         let script =
             #filePath.split(separator: "/").dropLast(3).reduce("") { "\($0)/\($1)" } + "/Scripts/lab/vmfs-image"
         let path = directory.file("ds.img")
-        _ = try Tool.output("python3", [script, "6", path, "--luns", "\(count)", "--few"])
+        _ = try Tool.output("python3", [script, "6", path, "--luns", "\(count)"] + (isWhole ? [] : ["--few"]))
         luns =
             count == 1
             ? [path]
@@ -58,6 +59,23 @@ private struct Datastore {
                 try requireEqual(
                     try readBytes(device, at: 0, count: count), try readBytes(direct, at: 0, count: count), text)
                 try device.confirm()
+            }
+        }
+    }
+
+    @Test func disksOfADatastoreAreOpenedWithTheirSnapshots() throws {
+        try withTemporaryDirectory { directory in
+            let datastore = try Datastore(directory, luns: 1, isWhole: true)
+            let name = try label(datastore)
+            let disk = try datastore.source("\(name)/vm1/thin-000001.vmdk").open()
+            #expect(disk.info.format == "vmdk" && disk.info.size == 16 << 20)
+            #expect(String(decoding: try readBytes(disk, at: 0, count: 5), as: UTF8.self) == "first")
+            try disk.confirm()
+            let mapping = "\(name)/vm1/raw.vmdk"
+            try requireError(.denied, "a physical mapping") { _ = try datastore.source(mapping).open() }
+            // No LUN here has that serial number.
+            try requireError(.notFound, "its LUN") {
+                _ = try datastore.source(mapping, "snapshot=test&physical=yes").open()
             }
         }
     }

@@ -50,7 +50,7 @@ import Transports
         #expect(try SourceReference("file://\(path)").kind == .path(path))
     }
 
-    @Test(arguments: ["iscsi://h/t", "vddk:x"])
+    @Test(arguments: ["vddk:x", "VDDK:x"])
     func saysWhatCannotBeOpenedYet(text: String) throws {
         try requireError(.unsupported, text) { _ = try SourceReference(text) }
     }

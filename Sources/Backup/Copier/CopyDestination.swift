@@ -47,6 +47,10 @@ public enum CopyDestination: Sendable, Equatable {
                 throw BlockError(
                     .invalid, "copying to \(path): it is neither a file nor a block device (- is standard output)")
             }
+        case .iscsi:
+            throw BlockError(
+                .unsupported,
+                "copying to \(text): serve it with diskgate serve --writable, and copy to that")
         case .pattern, .memory, .point, .san:
             throw BlockError(.invalid, "copying to \(text): nothing can be written there; name a file or an NBD URI")
         }
@@ -95,6 +99,8 @@ public enum CopyFormat: String, Sendable {
     case raw
     /// A qcow2 image without a backing file.
     case qcow2
+    /// A VMDK that is written, and can be read, from its first byte to its last, compressed.
+    case streamOptimizedVMDK = "stream-optimized-vmdk"
 }
 
 /// A destination that is open: what to write to, and what to do in the end.
@@ -130,9 +136,15 @@ final class OpenDestination {
         isChange = rules.isChange
         isDurable = rules.isDurable
         try rules.check(destination)
-        if rules.format == .qcow2 {
+        switch rules.format {
+        case .raw: break
+        case .qcow2:
             let image = try Self.makeImage(destination, size: size, rules)
             (target, device, partial) = (image, nil, (image.writer.path, image.name))
+            return
+        case .streamOptimizedVMDK:
+            let image = try Self.makeStreamOptimized(destination, size: size, rules)
+            (target, device, partial) = (image, nil, image.path.map { ($0, image.name) })
             return
         }
         switch destination {
@@ -255,18 +267,41 @@ final class OpenDestination {
         guard case .file(let path) = destination else {
             throw BlockError(.unsupported, "copying as qcow2: an image can only be written to a file")
         }
+        let aside = try placeForImage(path, rules)
+        let writer = try Qcow2Writer.create(
+            aside, size: size, compression: rules.compresses ? .zstd(level: 3) : .none)
+        return Qcow2Target(writer, name: path, readsAsZeros: true)
+    }
+
+    private static func makeStreamOptimized(_ destination: CopyDestination, size: UInt64, _ rules: DestinationRules)
+        throws(BlockError) -> StreamOptimizedTarget
+    {
+        switch destination {
+        case .stream:
+            if rules.resumes || rules.journal != nil {
+                throw BlockError(.invalid, "copying to standard output: it cannot be resumed; leave --resume out")
+            }
+            return try StreamOptimizedTarget(path: nil, name: "standard output", size: size)
+        case .file(let path):
+            return try StreamOptimizedTarget(path: try placeForImage(path, rules), name: path, size: size)
+        case .node, .nbd:
+            throw BlockError(
+                .unsupported, "copying as stream-optimized-vmdk: it can only be written to a file or standard output")
+        }
+    }
+
+    /// Where an image is written until it is complete.
+    private static func placeForImage(_ path: String, _ rules: DestinationRules) throws(BlockError) -> String {
         if rules.isChange || rules.resumes || rules.journal != nil {
             throw BlockError(
                 .unsupported,
-                "copying to \(path): a qcow2 image is written in one go: --changed, --resume and --journal are for raw "
-                    + "copies")
+                "copying to \(path): a \(rules.format.rawValue) image is written in one go: --changed, --resume and "
+                    + "--journal are for raw copies")
         }
         let aside = "\(path).partial"
         try checkNew(path, aside, rules)
         if exists(aside) { unlink(aside) }
-        let writer = try Qcow2Writer.create(
-            aside, size: size, compression: rules.compresses ? .zstd(level: 3) : .none)
-        return Qcow2Target(writer, name: path, readsAsZeros: true)
+        return aside
     }
 
     private static func openExisting(_ path: String, size: UInt64, _ doing: String) throws(BlockError) -> OpenedFile {
@@ -385,16 +420,25 @@ final class OpenDestination {
     ///
     /// - Throws: what writing or opening it throws.
     func seal() throws(BlockError) {
-        guard let image = target as? Qcow2Target else { return }
-        try image.writer.finish()
-        let file = try RawFileDevice.open(image.writer.path)
-        device = try openDisk(
-            ResolvedFile(device: file, identity: image.writer.path, resolver: nil), .explicit(.qcow2))
+        if let image = target as? Qcow2Target {
+            try image.writer.finish()
+            device = try Self.openImage(image.writer.path, .qcow2)
+        } else if let image = target as? StreamOptimizedTarget {
+            try image.finish()
+            if let path = image.path { device = try Self.openImage(path, .vmdk) }
+        }
     }
 
-    /// Takes away what is of no use after a failure: an image without its header, a copy that nothing can go on with.
+    private static func openImage(_ path: String, _ format: ImageFormat) throws(BlockError) -> any BlockDevice {
+        let file = try RawFileDevice.open(path)
+        return try openDisk(ResolvedFile(device: file, identity: path, resolver: nil), .explicit(format))
+    }
+
+    /// Takes away what is of no use after a failure: an image without its header or its end, a copy
+    /// that nothing can go on with.
     func abandon() {
         (target as? Qcow2Target)?.writer.abandon()
+        (target as? StreamOptimizedTarget)?.abandon()
         if let partial, !isDurable { unlink(partial.aside) }
     }
 

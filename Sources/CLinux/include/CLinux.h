@@ -49,6 +49,20 @@ int dg_block_disk_sequence(int fd, uint64_t *sequence);
 // Lets a range of a file share its blocks with another file (FICLONERANGE); a negative errno where that cannot be.
 int dg_clone_range(int source, uint64_t from, uint64_t length, int target, uint64_t to);
 
+// ---- SCSI commands through block nodes (SG_IO) ----
+
+typedef struct {
+    uint8_t status;        // SCSI's (SAM-5)
+    uint8_t sense_length;  // bytes of `sense` that the unit gave
+    uint8_t sense[64];
+    int32_t residual;  // bytes of the buffer that were not filled
+} dg_scsi_answer;
+
+// Carries out a command that asks for data, or for nothing. -EIO when no answer came from the unit.
+int dg_scsi_read(
+    int fd, const uint8_t *block, uint8_t block_length, void *buffer, uint32_t length, uint32_t timeout_ms,
+    dg_scsi_answer *answer);
+
 // ---- files ----
 
 // openat2 with RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS below `directory`; a descriptor or a negative errno.

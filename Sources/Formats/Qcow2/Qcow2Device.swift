@@ -73,7 +73,7 @@ public final class Qcow2Device: BlockDevice {
         image = try Qcow2Image(
             lower, header, dataFile: header.hasDataFile ? dataFile : nil, cacheBytes: options.cacheBytes)
         self.backing = backing
-        compressed = SourceHandle(Qcow2Decompressor(image))
+        compressed = SourceHandle(UnitDecompressor(image))
         let layer = ChainLayer(image, compressed: compressed.reference, backing: backing)
         if let backingImage {
             chain = Qcow2Chain(layer, above: backingImage.chain)
@@ -179,10 +179,6 @@ public final class Qcow2Device: BlockDevice {
 // MARK: - Status
 
 extension Qcow2Device {
-    /// Runs of data at least this long are looked at in the file below: a preallocated image has large ones that were
-    /// never written. Shorter ones are not worth a system call each.
-    private static let dataLookedAtMin: UInt64 = 256 << 10
-
     /// Allocation, depth in the backing chain (this image is 1), or one of the bitmaps in `info.dirtyBitmaps`.
     public func status(_ context: StatusContext, of range: Range<UInt64>, into list: inout StatusList)
         throws(BlockError) -> UInt64
@@ -210,8 +206,8 @@ extension Qcow2Device {
         switch run.kind {
         case .data where run.length >= Self.dataLookedAtMin:
             let data = chain.layers[layer].withImage { $0.data }
-            return try Self.translated(
-                .allocation, of: data, run.host..<(run.host + run.length), to: range.lowerBound, into: &list
+            return try data.status(
+                .allocation, of: run.host..<(run.host + run.length), to: range.lowerBound, into: &list
             ) { $0 & AllocationFlags.zero }
         case .data, .compressed, .corrupt: flags = AllocationFlags.data
         case .zeroAllocated: flags = AllocationFlags.zero
@@ -228,7 +224,7 @@ extension Qcow2Device {
         let above = UInt32(layer + 1)
         var position = range.lowerBound
         if let base, let part = inBase(range, layer) {
-            position = try Self.translated(context, of: base, part, to: position, into: &list) { value in
+            position = try base.status(context, of: part, to: position, into: &list) { value in
                 context == .depth ? (value == 0 ? 0 : value + above) : value
             }
             if position < part.upperBound { return position }
@@ -236,27 +232,5 @@ extension Qcow2Device {
         let depth = chain.layers[layer].hasBacking ? above + 1 : 0
         let value = context == .depth ? depth : AllocationFlags.hole | AllocationFlags.zero
         return list.append(range.upperBound - position, value) ? range.upperBound : position
-    }
-
-    /// Appends what another device says of a range, with its values changed.
-    ///
-    /// - Parameter start: the offset here that the range's start stands for.
-    /// - Returns: the end, here, of what was appended; short when the list is full.
-    private static func translated(
-        _ context: StatusContext, of device: any BlockDevice, _ range: Range<UInt64>, to start: UInt64,
-        into list: inout StatusList, _ value: (UInt32) -> UInt32
-    ) throws(BlockError) -> UInt64 {
-        var below = StatusList(capacity: 256)
-        var done: UInt64 = 0
-        while done < range.count64 {
-            below.removeAll()
-            _ = try device.status(context, of: (range.lowerBound + done)..<range.upperBound, into: &below)
-            for extent in below.extents {
-                if !list.append(extent.length, value(extent.value)) { return start + done }
-                done += extent.length
-            }
-            if below.length == 0 { break }
-        }
-        return start + done
     }
 }

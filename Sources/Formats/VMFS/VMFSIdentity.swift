@@ -51,6 +51,14 @@ public struct VMFSDiskID: Sendable, Equatable {
     /// The identifier from vital product data page 0x83 or 0x80, as bytes: compare it with that of a LUN.
     public let identifier: [UInt8]
 
+    /// An identity as a host would write it.
+    public init(identifier: [UInt8], vendor: String, model: String) {
+        (type, lun) = (1, 0)
+        self.vendor = vendor
+        self.model = model
+        self.identifier = identifier
+    }
+
     /// The identity at a byte offset, with 78 bytes behind it.
     init(_ bytes: UnsafeRawBufferPointer, at offset: Int) {
         type = bytes[offset]

@@ -83,6 +83,8 @@ public struct AttachedDisk: Sendable, Equatable {
     public var state: String?
     /// What lies over it and its partitions.
     public var holders: [Holder] = []
+    /// Whether it is itself a multipath map over the paths of one disk.
+    public var isMultipathMap = false
     /// The kernel's partitions of it.
     public var partitions: [Partition] = []
 

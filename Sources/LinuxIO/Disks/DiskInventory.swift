@@ -133,10 +133,13 @@ public struct DiskInventory: Sendable {
         for place in [folder] + disk.partitions.map({ "\(folder)/\($0.name)" }) {
             for name in ((try? namesInDirectory("\(place)/holders")) ?? []).sorted() {
                 if disk.holders.contains(where: { $0.name == name }) { continue }
-                let mapper = "\(sysfs)/block/\(name)/dm"
-                let isMultipath = text("\(mapper)/uuid")?.hasPrefix("mpath-") == true
-                disk.holders.append(.init(name: name, title: text("\(mapper)/name"), isMultipath: isMultipath))
+                let title = text("\(sysfs)/block/\(name)/dm/name")
+                let isMap = isMultipathMap("\(sysfs)/block/\(name)")
+                disk.holders.append(.init(name: name, title: title, isMultipath: isMap))
             }
         }
+        disk.isMultipathMap = isMultipathMap(folder)
     }
+
+    private func isMultipathMap(_ folder: String) -> Bool { text("\(folder)/dm/uuid")?.hasPrefix("mpath-") == true }
 }

@@ -21,23 +21,32 @@ public struct NodeUsers: Sendable, Equatable {
         let mounts = (try? readSmallFile("/proc/self/mountinfo", limit: 16 << 20)) ?? []
         for line in String(decoding: mounts, as: UTF8.self).split(separator: "\n") { add(mount: line) }
         for line in (readText("/proc/swaps") ?? "").split(separator: "\n").dropFirst() {
-            let path = String(line.prefix { !$0.isWhitespace })
-            var status = stat()
-            guard stat(path, &status) == 0, status.st_mode & S_IFMT == S_IFBLK else { continue }
-            add(UInt64(status.st_rdev), "swap")
+            addNode(String(line.prefix { !$0.isWhitespace }), "swap")
         }
     }
 
-    /// A line of mountinfo: the third field is the device, the fifth the directory (proc(5)).
+    /// A line of mountinfo: the third field is the device, the fifth the directory, the second behind a dash what was
+    /// mounted (proc(5)).
     mutating func add(mount line: Substring) {
         let fields = line.split(separator: " ")
         guard fields.count > 4 else { return }
         let numbers = fields[2].split(separator: ":")
-        // 0 has file systems without a disk.
-        guard numbers.count == 2, let major = UInt32(numbers[0]), let minor = UInt32(numbers[1]), major > 0 else {
+        guard numbers.count == 2, let major = UInt32(numbers[0]), let minor = UInt32(numbers[1]) else { return }
+        if major > 0 {
+            uses.append(Use(major: major, minor: minor, purpose: String(fields[4])))
             return
         }
-        uses.append(Use(major: major, minor: minor, purpose: String(fields[4])))
+        // File systems without a disk, and those that may have several, as Btrfs: they name one of them.
+        guard let dash = fields[5...].firstIndex(of: "-"), fields.count > dash + 2, fields[dash + 2].first == "/" else {
+            return
+        }
+        addNode(String(fields[dash + 2]), String(fields[4]))
+    }
+
+    private mutating func addNode(_ path: String, _ purpose: String) {
+        var status = stat()
+        guard stat(path, &status) == 0, status.st_mode & S_IFMT == S_IFBLK else { return }
+        add(UInt64(status.st_rdev), purpose)
     }
 
     private mutating func add(_ number: UInt64, _ purpose: String) {

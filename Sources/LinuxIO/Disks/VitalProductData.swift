@@ -50,6 +50,9 @@ public enum VitalProductData {
         }
     }
 
+    /// A field of text (SPC-4 4.4.1), without the blanks around it.
+    static func text(_ bytes: ArraySlice<UInt8>) -> String { printable(bytes) }
+
     /// What follows a page's header, as far as the header says and the bytes go.
     private static func payload(_ page: [UInt8], code: UInt8) -> ArraySlice<UInt8>? {
         guard page.count > 4, page[1] == code else { return nil }

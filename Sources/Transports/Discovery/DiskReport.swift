@@ -58,13 +58,24 @@ public struct DiskReport: Sendable, Codable, Equatable {
         holders = disk.holders.filter { !$0.isMultipath }.map { holder in
             holder.title.map { "\($0) (\(holder.name))" } ?? holder.name
         }
-        let over = all.filter { other in disk.holders.contains { $0.name == other.name } }
-        uses = ([disk] + over).flatMap { Self.purposes(of: $0, users) }
+        uses = Self.stack(on: disk, all).flatMap { Self.purposes(of: $0, users) }
         guard readsContent else { return }
         do throws(BlockError) {
             let device = try BlockNodeDevice.open(disk.node)
             content = try ContentSignatures.recognised(on: device)
         } catch { problem = error.message }
+    }
+
+    /// A disk and all that lies over it: a volume on an encrypted device on a partition of it.
+    private static func stack(on disk: AttachedDisk, _ all: [AttachedDisk]) -> [AttachedDisk] {
+        var found = [disk]
+        var position = 0
+        while position < found.count {
+            let holders = Set(found[position].holders.map(\.name))
+            found += all.filter { other in holders.contains(other.name) && !found.contains { $0.name == other.name } }
+            position += 1
+        }
+        return found
     }
 
     private static func purposes(of disk: AttachedDisk, _ users: NodeUsers) -> [String] {

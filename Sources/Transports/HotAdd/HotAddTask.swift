@@ -161,15 +161,29 @@ public struct HotAddTask: Sendable {
     {
         var gone: [HotAddAttachment] = []
         var failure: BlockError?
-        for ledger in try RunLedger.takeAbandoned(stateDirectory: stateDirectory).ledgers {
-            let meant = ledger.obligations.filter { $0.kind == Self.kind && isMeant(HotAddAttachment($0, [:])) }
-            let (settled, problem) = giveBack(meant, of: ledger, force: force)
+        func meant(in ledger: RunLedger) -> [Obligation] {
+            ledger.obligations.filter { $0.kind == Self.kind && isMeant(HotAddAttachment($0, [:])) }
+        }
+        let (ledgers, problems) = try abandoned { !meant(in: $0).isEmpty }
+        if ledgers.isEmpty, let problem = problems.first {
+            throw BlockError(.inputOutput, "taking disks off: \(problem)")
+        }
+        for ledger in ledgers {
+            let (settled, problem) = giveBack(meant(in: ledger), of: ledger, force: force)
             gone += settled.map { HotAddAttachment($0, [:]) }
             failure = failure ?? problem
             try ledger.end()
         }
         if let failure { throw failure }
         return gone
+    }
+
+    /// Takes over ledgers of tasks that are over; others are free for others again when this returns.
+    private func abandoned(where isMeant: (RunLedger) -> Bool) throws(BlockError) -> (
+        ledgers: [RunLedger], problems: [String]
+    ) {
+        let (ledgers, problems) = try RunLedger.takeAbandoned(stateDirectory: stateDirectory)
+        return (ledgers.filter(isMeant), problems)
     }
 
     /// Gives back what a task has added, and strikes it out.

@@ -6,6 +6,8 @@ import LinuxIO
 
 /// Finds, claims and opens hot-added disks.
 struct HotAddedDisk {
+    /// The kind of the obligation to make a node writable again.
+    static let kind = "node.read-only"
     /// How long to wait for a disk that was told to come, in seconds.
     static let patience = 15.0
 
@@ -68,7 +70,7 @@ struct HotAddedDisk {
     private static func note(_ disk: AttachedDisk, _ node: Descriptor) throws(BlockError) -> Int {
         let ledger = try RunLedger.begin(stateDirectory: defaultStateDirectory(), machine: "", repository: nil)
         _ = try ledger.intend(
-            "node.read-only",
+            kind,
             ["node": disk.node, "diskseq": disk.diskSequence.map(String.init) ?? "", "wwn": disk.wwid ?? ""])
         return ProcessLeases.hold { isEnding in
             // Otherwise closing the disk has done it.

@@ -39,6 +39,7 @@ struct Tool {
         "fio": "fio", "socat": "socat", "cmp": "diffutils", "sha256sum": "coreutils", "losetup": "mount", "sh": "dash",
         "systemd-socket-activate": "systemd", "python3": "python3-libnbd",
         "curl": "curl", "qemu-system-x86_64": "qemu-system-x86", "flock": "util-linux",
+        "vmdkinfo": "libvmdk-utils",
     ]
 
     /// A program by its name; a test without it fails, since a skipped one would not be missed.

@@ -70,8 +70,8 @@ struct MapSegment: Decodable {
     let data: Bool
 }
 
-func qemuMap(_ scratch: Scratch, _ image: String) throws -> [MapSegment] {
-    let text = try scratch.qemuImg("map -f qcow2 --output=json \(image)")
+func qemuMap(_ scratch: Scratch, _ image: String, format: String = "qcow2") throws -> [MapSegment] {
+    let text = try scratch.qemuImg("map -f \(format) --output=json \(image)")
     return try JSONDecoder().decode([MapSegment].self, from: Data(text.utf8))
 }
 
@@ -105,12 +105,12 @@ func value(_ extents: [StatusExtent], at offset: UInt64) -> UInt32? {
 /// Compares at every place where either side changes. Where we know zeros that qemu calls data, they must be zeros.
 func expectSameAllocation(
     _ scratch: Scratch, _ image: String, _ device: any BlockDevice, _ content: [UInt8], depth: Bool,
-    sourceLocation: SourceLocation = #_sourceLocation
+    format: String = "qcow2", sourceLocation: SourceLocation = #_sourceLocation
 ) throws {
     let ours = try wholeStatus(device, .allocation)
     let ourDepths = try wholeStatus(device, .depth)
     #expect(ours.reduce(0) { $0 + $1.length } == device.info.size, sourceLocation: sourceLocation)
-    for segment in try qemuMap(scratch, image) {
+    for segment in try qemuMap(scratch, image, format: format) {
         var places = Set([segment.start])
         var position: UInt64 = 0
         for extent in ours + ourDepths {

@@ -10,6 +10,7 @@ enum Tool {
     /// Debian packages of the programs that tests run.
     private static let packages = [
         "qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "sfdisk": "fdisk", "sgdisk": "gdisk", "parted": "parted",
+        "vmdkinfo": "libvmdk-utils",
     ]
 
     private static func find(_ name: String) throws -> String {

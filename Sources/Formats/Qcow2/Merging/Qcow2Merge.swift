@@ -116,7 +116,7 @@ final class MergeRun {
         self.base = base
         self.batchBytes = batchBytes
         counts = try ReferenceCounts(base)
-        inflater = Inflater(child.header.compression, inputMax: 2 * Int(Qcow2Profile.clusterSize))
+        inflater = Inflater(child.header.compression.unitCompression, inputMax: 2 * Int(Qcow2Profile.clusterSize))
     }
 
     func run(_ progress: (Qcow2MergeReport) throws(BlockError) -> Void) throws(BlockError) {
@@ -326,7 +326,7 @@ extension MergeRun {
                 return
             }
         }
-        if let problem = try inflater.inflate(length, into: whole.bytes) {
+        if let problem = try inflater.inflate(0..<length, into: whole.bytes) {
             throw child.corrupt(
                 "the compressed cluster for guest offset \(guestOffset(position)) is damaged: \(problem)")
         }

@@ -1,0 +1,272 @@
+// A VMDK as a disk: its map points into the files of its extents; what none of them has is the parent's.
+public import Block
+
+/// A VMDK, read-only, with its parent below it.
+///
+/// Its map consists of the places that the devices its files are in give for their bytes, so a disk in flat files or in
+/// grains is served like a plain file, on a datastore's LUN as well. Compressed grains come from a source that
+/// decompresses them.
+public final class VMDKDevice: BlockDevice {
+    /// The longest chain, this disk included. VMware's products make 32 snapshots of a machine at most.
+    public static let chainLengthMax = 64
+
+    /// The disk: its size by the descriptor, the name of the descriptor's file.
+    public let info: DeviceInfo
+    /// What the descriptor says.
+    public let descriptor: VMDKDescriptor
+    /// The disk below, which has what this one does not; nil at the end of a chain.
+    public let parent: VMDKDevice?
+    /// Disks in the chain, this one included.
+    public let chainLength: Int
+    private let extents: [VMDKExtent]
+    /// The same, in memory that is read without counting references.
+    private let parts: VMDKParts
+
+    /// A disk whose files are open.
+    ///
+    /// - Parameters:
+    ///   - file: what the descriptor is in.
+    ///   - extents: at least one, each where the one before it ends.
+    ///   - parent: of the same size.
+    init(file: DeviceInfo, _ descriptor: VMDKDescriptor, _ extents: [VMDKExtent], parent: VMDKDevice?) {
+        self.descriptor = descriptor
+        self.extents = extents
+        self.parent = parent
+        chainLength = (parent?.chainLength ?? 0) + 1
+        parts = VMDKParts(extents)
+        var info = DeviceInfo(size: descriptor.sectors * VMDK.sectorBytes, format: "vmdk", name: file.name)
+        info.preferredBlock = Self.preferredBlock(extents)
+        info.isRotational = extents.contains { $0.lower?.info.isRotational == true }
+        info.hasLayers = parent != nil || extents.contains { if case .sparse = $0.content { true } else { false } }
+        info.identity = Self.identity(file, descriptor, extents, parent)
+        self.info = info
+    }
+
+    private static func preferredBlock(_ extents: [VMDKExtent]) -> UInt32 {
+        var block: UInt32 = 4096
+        for extent in extents {
+            switch extent.content {
+            case .flat(let device, _): block = max(block, device.info.preferredBlock)
+            case .sparse(let tables): block = max(block, UInt32(clamping: tables.unitSize))
+            case .zeros, .noAccess: break
+            }
+        }
+        return min(block, 65536)
+    }
+
+    private static func identity(
+        _ file: DeviceInfo, _ descriptor: VMDKDescriptor, _ extents: [VMDKExtent], _ parent: VMDKDevice?
+    ) -> [(key: String, value: String)] {
+        var identity = file.identity.filter { $0.key != "version" }
+        identity.append(("vmdk type", descriptor.createType))
+        identity.append(("content id", hexadecimal(descriptor.contentID, 8)))
+        if let uuid = descriptor.database["uuid"] { identity.append(("disk uuid", uuid)) }
+        if let adapter = descriptor.database["adaptertype"] { identity.append(("adapter", adapter)) }
+        if let parent { identity.append(("parent", parent.info.name)) }
+        if let name = descriptor.changeTrackName { identity.append(("change track", name)) }
+        var remarks: [String] = []
+        for extent in extents {
+            guard case .sparse(let tables) = extent.content, let remark = tables.layout.remark else { continue }
+            remarks.append("\(tables.name): \(remark)")
+        }
+        if !remarks.isEmpty { identity.append(("remark", remarks.joined(separator: ", "))) }
+        // What files are there now: whoever goes on with a copy has to know when they become others.
+        let devices = [file] + extents.compactMap { $0.lower?.info }
+        var versions = devices.flatMap { $0.identity.filter { $0.key == "version" }.map(\.value) }
+        versions += parent?.info.identity.filter { $0.key == "version" }.map(\.value) ?? []
+        if !versions.isEmpty { identity.append(("version", versions.joined(separator: " "))) }
+        return identity
+    }
+
+    /// Moves when any file below is changed through this process.
+    public var mapVersion: UInt64 {
+        // Each part only grows, so the sum changes when any of them does.
+        (parent?.mapVersion ?? 0) &+ parts.mapVersion
+    }
+
+    /// Says where the bytes of a range live: in the files of the chain, nowhere, or with a decompressor.
+    public func map(_ range: Range<UInt64>, _ patience: Patience, into list: inout ExtentList) throws(BlockError)
+        -> UInt64
+    {
+        let listed = list.length
+        return try parts.forEach(in: range) { (part, range) throws(BlockError) -> UInt64 in
+            let before = list.length
+            do throws(BlockError) {
+                return try part.withExtent { extent throws(BlockError) in
+                    try map(extent, range, patience, into: &list)
+                }
+            } catch {
+                // What comes before it is right, unless something of this part was appended already.
+                if before > listed, list.length == before { return range.lowerBound }
+                throw error
+            }
+        }
+    }
+
+    private func map(
+        _ extent: VMDKExtent, _ range: Range<UInt64>, _ patience: Patience, into list: inout ExtentList
+    ) throws(BlockError) -> UInt64 {
+        let start = extent.range.lowerBound
+        switch extent.content {
+        case .flat(let device, let offset):
+            let place = (range.lowerBound &- start &+ offset)..<(range.upperBound &- start &+ offset)
+            return try device.map(place, patience, into: &list) &- offset &+ start
+        case .zeros: return list.append(range.count64, .zeros(allocated: false)) ? range.upperBound : range.lowerBound
+        case .noAccess: throw noAccess(range)
+        case .sparse(let tables):
+            return try forEachRun(tables, start, range, patience) { (run, position) throws(BlockError) -> UInt64 in
+                let end = position &+ run.length
+                switch run.kind {
+                case .data:
+                    let host = run.host..<(run.host &+ run.length)
+                    return try tables.lower.map(host, patience, into: &list) &- run.host &+ position
+                case .absent:
+                    if let parent { return try parent.map(position..<end, patience, into: &list) }
+                    return list.append(run.length, .zeros(allocated: false)) ? end : position
+                case .zero: return list.append(run.length, .zeros(allocated: false)) ? end : position
+                case .compressed, .corrupt:
+                    guard let source = extent.compressed else { throw noAccess(range) }
+                    return list.append(run.length, .source(source, offset: position &- start)) ? end : position
+                }
+            }
+        }
+    }
+
+    /// Calls the body for each run of grains in a range.
+    ///
+    /// - Returns: the end of what the body took; less than the range's end also with `.resident`, where tables are not
+    ///   in memory, and before a fault, which is thrown only when nothing comes before it.
+    @inline(__always)
+    private func forEachRun(
+        _ tables: GrainTables, _ start: UInt64, _ range: Range<UInt64>, _ patience: Patience,
+        _ body: (GrainRun, UInt64) throws(BlockError) -> UInt64
+    ) throws(BlockError) -> UInt64 {
+        var position = range.lowerBound
+        while position < range.upperBound {
+            let run: GrainRun
+            do throws(BlockError) {
+                let limit = range.upperBound &- start
+                guard let found = try tables.run(at: position &- start, limit: limit, patience) else { return position }
+                run = found
+            } catch {
+                if position > range.lowerBound { return position }
+                throw error
+            }
+            let end = position &+ run.length
+            let done = try body(run, position)
+            if done < end { return done }
+            position = end
+        }
+        return position
+    }
+
+    private func noAccess(_ range: Range<UInt64>) -> BlockError {
+        BlockError(
+            .denied, "reading \(info.name) at \(range.lowerBound): its descriptor says that nobody may (NOACCESS)")
+    }
+
+    /// Asks all files of the chain.
+    public func confirm() throws(BlockError) {
+        for extent in extents { try extent.lower?.confirm() }
+        try parent?.confirm()
+    }
+
+    /// Starts reading the data of a range, or the table that maps it where it is not in memory.
+    public func prefetch(_ range: Range<UInt64>) {
+        _ = try? parts.forEach(in: range) { (part, range) throws(BlockError) -> UInt64 in
+            try part.withExtent { extent throws(BlockError) in try prefetch(extent, range) }
+        }
+    }
+
+    private func prefetch(_ extent: VMDKExtent, _ range: Range<UInt64>) throws(BlockError) -> UInt64 {
+        let start = extent.range.lowerBound
+        switch extent.content {
+        case .flat(let device, let offset):
+            device.prefetch((range.lowerBound &- start &+ offset)..<(range.upperBound &- start &+ offset))
+        case .sparse(let tables):
+            let end = try forEachRun(tables, start, range, .resident) { (run, position) throws(BlockError) -> UInt64 in
+                switch run.kind {
+                case .data: tables.lower.prefetch(run.host..<(run.host &+ run.length))
+                case .absent: parent?.prefetch(position..<(position &+ run.length))
+                case .zero, .compressed, .corrupt: break
+                }
+                return position &+ run.length
+            }
+            if end < range.upperBound { tables.prefetchTable(at: end &- start) }
+        case .zeros, .noAccess: break
+        }
+        return range.upperBound
+    }
+}
+
+// MARK: - Status
+
+extension VMDKDevice {
+    /// Allocation, or depth in the chain (this disk is 1).
+    public func status(_ context: StatusContext, of range: Range<UInt64>, into list: inout StatusList)
+        throws(BlockError) -> UInt64
+    {
+        if case .dirtyBitmap(let index) = context {
+            throw BlockError(.invalid, "asking \(info.name) for its dirty bitmap \(index): it has no such bitmap")
+        }
+        let listed = list.length
+        return try parts.forEach(in: range) { (part, range) throws(BlockError) -> UInt64 in
+            let before = list.length
+            do throws(BlockError) {
+                return try part.withExtent { extent throws(BlockError) in
+                    try status(context, extent, range, into: &list)
+                }
+            } catch {
+                if before > listed, list.length == before { return range.lowerBound }
+                throw error
+            }
+        }
+    }
+
+    private func status(
+        _ context: StatusContext, _ extent: VMDKExtent, _ range: Range<UInt64>, into list: inout StatusList
+    ) throws(BlockError) -> UInt64 {
+        let start = extent.range.lowerBound
+        func append(_ length: UInt64, _ value: UInt32, from position: UInt64) -> UInt64 {
+            list.append(length, value) ? position + length : position
+        }
+        switch extent.content {
+        case .zeros, .noAccess:
+            let isData = if case .noAccess = extent.content { true } else { false }
+            let flags = isData ? AllocationFlags.data : AllocationFlags.zero | AllocationFlags.hole
+            return append(range.count64, context == .depth ? 1 : flags, from: range.lowerBound)
+        case .flat(let device, let offset):
+            if context == .depth { return append(range.count64, 1, from: range.lowerBound) }
+            let place = (range.lowerBound - start + offset)..<(range.upperBound - start + offset)
+            return try device.status(context, of: place, to: range.lowerBound, into: &list) { $0 }
+        case .sparse(let tables):
+            return try forEachRun(tables, start, range, .blocking) { (run, position) throws(BlockError) -> UInt64 in
+                if run.kind == .absent { return try absentStatus(context, position, run.length, into: &list) }
+                if context == .depth { return append(run.length, 1, from: position) }
+                if run.kind == .data, run.length >= Self.dataLookedAtMin {
+                    let host = run.host..<(run.host + run.length)
+                    return try tables.lower.status(context, of: host, to: position, into: &list) {
+                        $0 & AllocationFlags.zero
+                    }
+                }
+                let isZero = run.kind == .zero
+                let flags = isZero ? AllocationFlags.zero | AllocationFlags.hole : AllocationFlags.data
+                return append(run.length, flags, from: position)
+            }
+        }
+    }
+
+    /// What is said of a range that this disk does not have.
+    private func absentStatus(
+        _ context: StatusContext, _ position: UInt64, _ length: UInt64, into list: inout StatusList
+    ) throws(BlockError) -> UInt64 {
+        guard let parent else {
+            let value = context == .depth ? 0 : AllocationFlags.zero | AllocationFlags.hole
+            return list.append(length, value) ? position + length : position
+        }
+        let range = position..<(position + length)
+        return try parent.status(context, of: range, to: position, into: &list) { value in
+            context == .depth && value > 0 ? value + 1 : value
+        }
+    }
+}

@@ -1,0 +1,120 @@
+// iSCSI targets that go away and come back: errors in a limited time, the same unit read on, another one never.
+import Block
+import Glibc
+import LinuxIO
+import Support
+import Synchronization
+import Testing
+import Transports
+
+@Suite struct ISCSIFailureTests {
+    private func file(_ directory: TemporaryDirectory, _ name: String, seed: UInt64 = 3) throws -> String {
+        try directory.makeFile(name, patternBytes(8 << 20, seed: seed))
+    }
+
+    @Test func targetThatIsGoneEndsReads() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            try target.add(try file(directory, "lun"))
+            let once = try target.open(1, "reconnect=0&timeout=5")
+            let patient = try target.open(1, "reconnect=1&timeout=5")
+            _ = try readBytes(once, at: 0, count: 4096)
+            _ = try readBytes(patient, at: 0, count: 4096)
+            try target.kill()
+            for device in [once, patient] {
+                for _ in 0..<2 {
+                    try requireError(.inputOutput, "nobody is there") {
+                        _ = try readBytes(device, at: 0, count: 1 << 20)
+                    }
+                }
+            }
+        }
+    }
+
+    @Test func targetThatFallsSilentEndsReadsAndWrites() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            let path = try file(directory, "lun")
+            try target.add(path)
+            let reader = try target.open(1, "reconnect=1&timeout=1")
+            let writer = try target.open(1, writable: true, "reconnect=60&timeout=1")
+            let bytes = patternBytes(4096, seed: 5)
+            try target.beingSilent {
+                try requireError(.inputOutput, "reading") { _ = try readBytes(reader, at: 0, count: 4 << 20) }
+                // Not repeated for as long as the session is: the target may still write it.
+                try requireError(.inputOutput, "writing") {
+                    try bytes.withUnsafeBytes { try writer.write($0, at: 0, durable: false) }
+                }
+            }
+            let content = try contentOfFile(path)
+            try requireEqual(
+                try readBytes(reader, at: 1 << 20, count: 4096), Array(content[(1 << 20)...].prefix(4096)), "")
+            try requireEqual(
+                try readBytes(writer, at: 1 << 20, count: 4096), Array(content[(1 << 20)...].prefix(4096)), "")
+        }
+    }
+
+    @Test func targetThatComesBackIsReadOn() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            let path = try file(directory, "lun")
+            let content = try contentOfFile(path)
+            try target.add(path)
+            let device = try target.open(1, "reconnect=60&timeout=20")
+            _ = try readBytes(device, at: 0, count: 4096)
+            try target.kill()
+            // Reads wait while it is away.
+            let isBack = Atomic<Bool>(false)
+            let early = Atomic<Bool>(false)
+            try concurrently([
+                {
+                    let read = try readBytes(device, at: 0, count: 8 << 20)
+                    if !isBack.load(ordering: .sequentiallyConsistent) { early.store(true, ordering: .relaxed) }
+                    try requireEqual(read, content, "while it was away")
+                },
+                { try requireEqual(try readBytes(device, at: 5001, count: 9), Array(content[5001..<5010]), "a part") },
+                {
+                    usleep(300_000)
+                    isBack.store(true, ordering: .sequentiallyConsistent)
+                    try target.start()
+                    try target.add(path)
+                },
+            ])
+            let wasEarly = early.load(ordering: .relaxed)
+            #expect(!wasEarly)
+        }
+    }
+
+    @Test func anotherUnitIsNeverRead() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            try target.add(try file(directory, "lun"), serial: "FIRST")
+            let device = try target.open(1, "reconnect=60&timeout=20")
+            _ = try readBytes(device, at: 0, count: 4096)
+            try target.kill()
+            try target.start()
+            try target.add(try file(directory, "other", seed: 9), serial: "SECOND")
+            for _ in 0..<2 {
+                try requireError(.changed, "another unit") { _ = try readBytes(device, at: 0, count: 4096) }
+            }
+        }
+    }
+
+    @Test func whatMayBeLostIsNotCalledStored() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            let path = try file(directory, "lun")
+            try target.add(path)
+            let device = try target.open(1, writable: true, "reconnect=60&timeout=20")
+            let bytes = patternBytes(4096, seed: 77)
+            try bytes.withUnsafeBytes { try device.write($0, at: 512, durable: true) }
+            try device.flush()
+            try bytes.withUnsafeBytes { try device.write($0, at: 8192, durable: false) }
+            try target.kill()
+            try target.start()
+            try target.add(path)
+            try requireEqual(try readBytes(device, at: 512, count: 4096), bytes, "what was stored")
+            try requireError(.inputOutput, "the cache of a target that was killed") { try device.flush() }
+        }
+    }
+}
