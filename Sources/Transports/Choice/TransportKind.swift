@@ -70,9 +70,9 @@ extension SourceReference {
         case .path: .file
         case .nbd(let uri): uri.tls == nil ? .nbd : .nbdssl
         case .hotAdd: .hotadd
-        case .san: .san
         // A LUN is a LUN, whoever speaks iSCSI with it.
-        default: description.lowercased().hasPrefix("iscsi:") ? .san : nil
+        case .san, .iscsi: .san
+        case .pattern, .memory, .point: nil
         }
     }
 }
