@@ -33,7 +33,7 @@ struct DiskgateCommand: ParsableCommand {
             CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
             PruneCommand.self, PinCommand.self, UnpinCommand.self, MountCommand.self, UnmountCommand.self,
             FreezeGuardCommand.self, SnapshotCommand.self, CheckpointsCommand.self, DisksCommand.self,
-            AttachCommand.self, DetachCommand.self, LsCommand.self, CheckCommand.self,
+            AttachCommand.self, DetachCommand.self, LsCommand.self, CheckCommand.self, SetupCommand.self,
         ])
 
     static func main() {

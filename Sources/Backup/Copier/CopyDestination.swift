@@ -284,7 +284,7 @@ final class OpenDestination {
             return try StreamOptimizedTarget(path: nil, name: "standard output", size: size)
         case .file(let path):
             return try StreamOptimizedTarget(path: try placeForImage(path, rules), name: path, size: size)
-        case .node, .nbd:
+        case .node, .nbd, .hotAdd:
             throw BlockError(
                 .unsupported, "copying as stream-optimized-vmdk: it can only be written to a file or standard output")
         }

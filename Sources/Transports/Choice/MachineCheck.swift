@@ -124,7 +124,7 @@ public struct MachineCheck: Codable, Sendable, Equatable {
                 ?? Finding(
                     "hotadd.protection", .warning,
                     "whether udev, LVM, mdadm and multipath are kept away from disks that come is not known",
-                    remedy: "set the machine up as Docs/Transports.md says under HotAdd"),
+                    remedy: "diskgate setup"),
         ]
     }
 
