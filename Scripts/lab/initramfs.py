@@ -40,6 +40,11 @@ for word in $(cat /proc/cmdline); do
 done
 hostname labvm
 while read -r m; do modprobe "$m" || echo "lab: cannot load $m"; done </lab/modules.boot
+# Where udev is carried, it acts on disks as it does on Debian.
+if [ -x /lib/systemd/systemd-udevd ]; then
+  modprobe dm_mod
+  /lib/systemd/systemd-udevd --daemon && udevadm trigger --action=add && udevadm settle
+fi
 ip link set lo up
 ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up && ip route add default via 10.0.2.2
 # Not with "nc ... &": a shell would start it, and all that it starts, with SIGINT and SIGQUIT ignored.
@@ -118,6 +123,22 @@ class Cpio:
         self.out.write(b"\0" * (-len(data) % 4))
 
 
+def sysroots():
+    """Where the lab's kernel and unpacked packages may be."""
+    named = os.environ.get("LAB_SYSROOT")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [named] if named else [os.path.join(cache, "diskgate-lab"), "/"]
+
+
+def udev_tree():
+    """Where udev, LVM, mdadm and multipath are unpacked."""
+    for root in sysroots():
+        if os.path.exists(os.path.join(root, "guest/packages")):
+            return os.path.join(root, "guest")
+    raise LabError("no guest/packages in %s: run %s" % (
+        " or ".join(sysroots()), os.path.join(os.path.dirname(os.path.realpath(__file__)), "install")))
+
+
 class Kernel:
     """The guest's kernel: its image, its release and the directory of its modules."""
 
@@ -128,9 +149,7 @@ class Kernel:
 
     @classmethod
     def find(cls):
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        named = os.environ.get("LAB_SYSROOT")
-        roots = [named] if named else [os.path.join(cache, "diskgate-lab"), "/"]
+        roots = sysroots()
         release = os.environ.get("LAB_KERNEL")
         for root in roots:
             images = glob.glob(os.path.join(root, "boot/vmlinuz-" + (release or "*-cloud-amd64")))
@@ -167,9 +186,16 @@ def module_name(path):
     return os.path.basename(path).split(".ko")[0].replace("-", "_")
 
 
-def shared_libraries(binary):
+def guest_name(path):
+    """A path in the guest, whose /lib and /lib64 are links into /usr, as on Debian, and whose /sbin is one to /bin."""
+    if path.startswith(("/lib/", "/lib64/")):
+        return "/usr" + path
+    return "/bin/" + path[6:] if path.startswith("/sbin/") else path
+
+
+def shared_libraries(binary, environment=None):
     """The libraries that a program loads when it starts, as ldd names them; none for what is static or a script."""
-    run = subprocess.run(["ldd", binary], capture_output=True, text=True)
+    run = subprocess.run(["ldd", binary], capture_output=True, text=True, env=environment)
     if run.returncode:
         return []
     libraries = []
@@ -196,12 +222,13 @@ class Contents:
         self.files[real] = real
         self.links["/usr/local/bin/" + os.path.basename(path)] = real
         for library in shared_libraries(real):
-            target = os.path.realpath(library)
-            self.files[target] = target
-            # The guest's /lib and /lib64 are links into /usr, as on Debian.
-            name = "/usr" + library if library.startswith(("/lib/", "/lib64/")) else library
-            if name != target:
-                self.links[name] = target
+            self.add_library(library)
+
+    def add_library(self, library):
+        target = os.path.realpath(library)
+        self.files[target] = target
+        if guest_name(library) != target:
+            self.links[guest_name(library)] = target
 
     def add(self, spec):
         """SOURCE[:DESTINATION], a file or a directory with all below it."""
@@ -217,6 +244,24 @@ class Contents:
         else:
             raise LabError("cannot carry %s into the guest: no such file" % source)
 
+    def add_tree(self, root):
+        """A directory with unpacked packages, at the same places in the guest, and the libraries of its programs."""
+        paths = [os.path.join(root, part) for part in ("lib", "usr/lib", "lib/x86_64-linux-gnu",
+                                                       "usr/lib/x86_64-linux-gnu")]
+        environment = dict(os.environ, LD_LIBRARY_PATH=":".join(paths))
+        for base, directories, names in os.walk(root):
+            for name in names + [d for d in directories if os.path.islink(os.path.join(base, d))]:
+                path = os.path.join(base, name)
+                there = guest_name(os.path.join("/", os.path.relpath(path, root)))
+                if os.path.islink(path):
+                    self.links[there] = os.readlink(path)
+                    continue
+                self.files[there] = path
+                if os.access(path, os.X_OK) or ".so" in name:
+                    for library in shared_libraries(path, environment):
+                        if not library.startswith(root + "/"):
+                            self.add_library(library)
+
     def fingerprint(self):
         stamps = []
         for name, source in sorted(self.files.items()):
@@ -225,7 +270,7 @@ class Contents:
         return stamps + sorted(self.links.items())
 
 
-def build(cache, binaries=(), files=(), modules=()):
+def build(cache, binaries=(), files=(), modules=(), with_udev=False):
     """Finds in the directory `cache`, or builds there, the initramfs; returns the paths (kernel, initramfs)."""
     kernel = Kernel.find()
     busybox = next((p for p in ("/bin/busybox", "/usr/bin/busybox") if os.path.exists(p)), None)
@@ -236,6 +281,8 @@ def build(cache, binaries=(), files=(), modules=()):
         contents.add_binary(path)
     for spec in files:
         contents.add(spec)
+    if with_udev:
+        contents.add_tree(udev_tree())
     contents.files["/bin/busybox"] = busybox
     wanted, builtin = kernel.module_files(BOOT_MODULES + MORE_MODULES + list(modules))
 

@@ -87,6 +87,8 @@ class Lab:
     # Programs of this machine that the guest needs, besides diskgate; and files, as proxy-vm's --file takes them.
     programs = ("nbd-client",)
     files_carried = ()
+    # More words for proxy-vm start.
+    start_options = ()
 
     def __init__(self, binary, work):
         self.binary = binary
@@ -108,7 +110,7 @@ class Lab:
         self.monitor_port = free_port()
         own = "tcp:127.0.0.1:%d,server=on,wait=off" % self.monitor_port
         self.ports = self.proxy_vm("start", "--forward", str(PORT), "--qemu-arg=-qmp", "--qemu-arg=" + own,
-                                   *carried)["ports"]
+                                   *self.start_options, *carried)["ports"]
         self.vm = labvm.VM(self.work, "proxy")
         self.guest("modprobe nbd")
 

@@ -156,7 +156,7 @@ class VM:
                    "-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35",
                    "-m", str(memory_mib), "-smp", str(cpus), "-nodefaults", "-display", "none", "-no-reboot",
                    "-kernel", kernel, "-initrd", initramfs,
-                   "-append", "console=ttyS0 quiet panic=-1 mitigations=off lab.token=" + token,
+                   "-append", "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0 lab.token=" + token,
                    "-serial", "file:console.log", "-qmp", "unix:qmp.sock,server=on,wait=off",
                    "-netdev", network, "-device", "virtio-net-pci,netdev=net0,romfile=",
                    "-device", "virtio-rng-pci"] + qemu_arguments

@@ -194,12 +194,15 @@ public struct SourceReference: Sendable, Equatable, CustomStringConvertible {
     public func parameter(_ key: String) -> String? { parameters.last { $0.key == key }?.value }
 
     /// A parameter that is true or false; false where it is missing.
-    func flag(_ key: String) throws(BlockError) -> Bool {
-        switch parameter(key) {
+    func flag(_ key: String) throws(BlockError) -> Bool { try Self.flag(key, parameter(key), of: description) }
+
+    /// Whether a parameter's value is true or false; false where it is missing.
+    static func flag(_ key: String, _ value: String?, of text: String) throws(BlockError) -> Bool {
+        switch value {
         case nil, "false", "no", "0": return false
         case "true", "yes", "1": return true
         case .some(let value):
-            throw BlockError(.invalid, "opening \(self): \(key)=\(value) is neither true nor false")
+            throw BlockError(.invalid, "opening \(text): \(key)=\(value) is neither true nor false")
         }
     }
 

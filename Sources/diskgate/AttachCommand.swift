@@ -14,7 +14,7 @@ struct AttachCommand: ParsableCommand {
             source to that command instead.
             """)
 
-    @Argument(help: "hotadd:image=PATH?controller=qmp+tcp:HOST:PORT&format=raw|qcow2|...")
+    @Argument(help: "hotadd:image=PATH?controller=qmp+tcp:HOST:PORT&format=raw|qcow2|...[&unprotected=yes]")
     var sources: [String]
 
     @Flag(help: "Let this machine write to the disks; else they are read-only.")
@@ -37,7 +37,8 @@ struct AttachCommand: ParsableCommand {
         withExtendedLifetime(ledger) {}
         if report.json { return try printJSON(disks) }
         for disk in disks {
-            print("\(disk.node ?? "")  hotadd:serial=\(disk.serial)  hctl=\(disk.hctl ?? "")  \(disk.image)")
+            let warning = disk.isUnprotected == true ? "  (not kept from this machine's own programs)" : ""
+            print("\(disk.node ?? "")  hotadd:serial=\(disk.serial)  hctl=\(disk.hctl ?? "")  \(disk.image)\(warning)")
         }
     }
 }

@@ -52,7 +52,7 @@ struct CheckCommand: ParsableCommand {
         let order = try transports.map { try TransportOrder($0) } ?? .standard
         guard let inventory else { return try checkMachine(order) }
         var site = try Inventory.read(inventory)
-        if site.proxy?.discover == true { site.discover(try MachineFacts.gather()) }
+        if site.proxy?.discover == true { site.discover(try MachineFacts.gather { HostProtection().rule() }) }
         let machines = try vm.map { [try site.machine(named: $0)] } ?? site.machines
         let sessions = HostSessions(stateDirectory: state.directory)
         let rules = TransportRules(site, takesSnapshot: !asIs) { path in
@@ -130,7 +130,7 @@ struct CheckCommand: ParsableCommand {
     // MARK: - This machine
 
     private func checkMachine(_ order: TransportOrder) throws {
-        let check = MachineCheck(try MachineFacts.gather(), order: order)
+        let check = MachineCheck(try MachineFacts.gather { HostProtection().rule() }, order: order)
         if report.json {
             try printJSON(check)
         } else {

@@ -33,7 +33,7 @@ struct DiskgateCommand: ParsableCommand {
             CreateRepositoryCommand.self, PointsCommand.self, VerifyCommand.self, RestoreCommand.self,
             PruneCommand.self, PinCommand.self, UnpinCommand.self, MountCommand.self, UnmountCommand.self,
             FreezeGuardCommand.self, SnapshotCommand.self, CheckpointsCommand.self, DisksCommand.self,
-            AttachCommand.self, DetachCommand.self, LsCommand.self, CheckCommand.self,
+            AttachCommand.self, DetachCommand.self, LsCommand.self, CheckCommand.self, SetupCommand.self,
         ])
 
     static func main() {
@@ -113,7 +113,7 @@ struct SourceArguments: ParsableArguments {
     /// Opens the disk; of several sources the first that can be, and says on standard error why not those before it.
     func open() throws -> OpenedSource {
         let disk = try specification()
-        try giveBackOnSignals([disk.source] + disk.alternatives)
+        try giveBackOnSignals(disk.sources)
         let chosen = try disk.openChosen()
         report(chosen.choice)
         return OpenedSource(device: chosen.opened, choice: chosen.choice)

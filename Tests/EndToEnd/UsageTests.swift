@@ -9,7 +9,8 @@ import Testing
         ["serve", "--tls", "maybe", "x"],
         ["serve", "--max-connections", "0", "x"], ["serve", "--handshake-timeout", "0", "x"],
         ["serve", "--size", "many", "x"],
-        ["nonsense"], ["cat"], ["cat", "a", "b"], ["map", "--json=1", "x"], ["exports"], ["clients", "disconnect"],
+        ["setup", "--check", "--remove"], ["nonsense"], ["cat"], ["cat", "a", "b"], ["map", "--json=1", "x"],
+        ["exports"], ["clients", "disconnect"],
     ])
     func `wrong usage is 2`(_ arguments: [String]) throws {
         let outcome = try Tool.diskgate.run(arguments)

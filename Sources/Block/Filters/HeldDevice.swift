@@ -10,9 +10,16 @@ public final class HeldDevice: BlockDevice, @unchecked Sendable {
 
     /// A device over another one.
     ///
-    /// - Parameter whenClosed: called once the lower device is closed, provided that nobody else holds it.
-    public init(_ lower: any BlockDevice, whenClosed: @escaping @Sendable () -> Void) {
-        info = lower.info
+    /// - Parameters:
+    ///   - identity: what more is to be told of how it is known on this machine.
+    ///   - whenClosed: called once the lower device is closed, provided that nobody else holds it.
+    public init(
+        _ lower: any BlockDevice, identity: [(key: String, value: String)] = [],
+        whenClosed: @escaping @Sendable () -> Void
+    ) {
+        var info = lower.info
+        info.identity += identity
+        self.info = info
         self.lower = lower
         self.whenClosed = whenClosed
     }

@@ -65,6 +65,8 @@ public struct AttachedDisk: Sendable, Equatable {
     public var controller: Controller?
     /// Its worldwide names, best first: naa., eui., t10.
     public var names: [String] = []
+    /// The one that the kernel has chosen, as sysfs has it (device/wwid): what udev's rules can match.
+    public var kernelName: String?
     /// The unit's serial number.
     public var serial: String?
     public var vendor: String?

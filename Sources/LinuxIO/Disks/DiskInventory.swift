@@ -90,6 +90,7 @@ public struct DiskInventory: Sendable {
         // What the kernel has chosen; other kinds of disks have it in a place of their own.
         for path in ["\(device)/wwid", "\(folder)/wwid"] {
             guard let name = text(path) else { continue }
+            disk.kernelName = disk.kernelName ?? name
             let known = disk.names.contains { $0 == name }
             if !known && (disk.names.isEmpty || !name.hasPrefix("t10.")) { disk.names.append(name) }
         }

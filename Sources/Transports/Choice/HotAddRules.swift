@@ -173,11 +173,11 @@ extension TransportRules {
             return Finding(
                 rule, .excluded,
                 "\(what) not kept away from disks that come: they may activate what lies on a guest's disk",
-                remedy: "set the proxy up as Docs/Transports.md says under HotAdd")
+                remedy: "run diskgate setup on the proxy")
         default:
             return Finding(
                 rule, .warning, "whether \(what) kept away from disks that come is not known",
-                remedy: "set the proxy up as Docs/Transports.md says under HotAdd, and say proxy.isProtected")
+                remedy: "run diskgate setup on the proxy, and say proxy.isProtected")
         }
     }
 

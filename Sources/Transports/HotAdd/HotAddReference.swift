@@ -18,6 +18,8 @@ public struct HotAddImage: Sendable, Equatable {
     public var format: String
     /// The URI of the controller that adds disks to this proxy.
     public var controller: String
+    /// Whether to add it although this machine's own programs may act on it.
+    public var isUnprotected = false
 
     /// An image.
     public init(path: String, format: String, controller: String) {
@@ -32,7 +34,7 @@ extension SourceReference {
     ///
     /// - Throws: `.invalid`.
     public func checkImage(_ image: HotAddImage) throws(BlockError) {
-        try allow(["controller", "format", "direct"])
+        try allow(["controller", "direct", "format", "unprotected"])
         let containers = [".qcow2", ".vmdk", ".vdi", ".vhdx", ".qed"]
         if parameter("format") == nil, containers.contains(where: { image.path.hasSuffix($0) }) {
             throw BlockError(
@@ -56,7 +58,9 @@ extension SourceReference {
                     "opening \(text): say who adds disks to this machine: ?controller=qmp+tcp:HOST:PORT, the monitor "
                         + "of its own QEMU")
             }
-            return .image(HotAddImage(path: value, format: parameter("format") ?? "raw", controller: controller))
+            var image = HotAddImage(path: value, format: parameter("format") ?? "raw", controller: controller)
+            image.isUnprotected = try flag("unprotected", parameter("unprotected"), of: text)
+            return .image(image)
         }
         throw BlockError(
             .invalid,
@@ -74,10 +78,11 @@ extension SourceReference {
         let isDirect = isDirect ?? says
         switch reference {
         case .present(let selector):
-            try allow(["timeout", "direct"])
+            try allow(["direct", "timeout", "unprotected"])
             guard let seconds = Double(parameter("timeout") ?? "\(HotAddedDisk.patience)"), (0...3600).contains(seconds)
             else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
-            let disk = HotAddedDisk(selector: selector, isWritable: writable, isDirect: isDirect)
+            let disk = HotAddedDisk(
+                selector: selector, isWritable: writable, isDirect: isDirect, isUnprotected: try flag("unprotected"))
             return try disk.open(seconds: seconds)
         case .image(let image):
             try checkImage(image)

@@ -16,6 +16,9 @@ public struct HotAddAttachment: Sendable, Codable, Equatable {
     /// Its node and SCSI address, once the kernel has seen it.
     public var node: String?
     public var hctl: String?
+    /// Whether this machine's own programs may act on it, because it was added with `unprotected=yes`; nil where they
+    /// may not.
+    public var isUnprotected: Bool?
 }
 
 /// Adds disks to this proxy's own virtual machine, and takes them off.
@@ -48,6 +51,9 @@ public struct HotAddTask: Sendable {
         guard let first = images.first, images.allSatisfy({ $0.controller == first.controller }) else {
             throw BlockError(.invalid, "adding disks: give images of one controller")
         }
+        let doing = "adding \(images.map(\.path).joined(separator: ", ")) to this machine"
+        let isUnprotected = images.allSatisfy(\.isUnprotected)
+        if isUnprotected { _ = HostProtection.warn(doing) } else { try HostProtection().require(doing) }
         let controller = try HotAddControllers.open(first.controller)
         let turn = try turn(at: first.controller)
         defer { withExtendedLifetime(turn) {} }
@@ -83,7 +89,9 @@ public struct HotAddTask: Sendable {
             var disks: [HotAddAttachment] = []
             for obligation in obligations {
                 let disk = try waitForDisk(obligation)
+                if !isUnprotected { try HostProtection().confirm(disk, doing) }
                 var facts = ["node": disk.node, "hctl": disk.address.map { "\($0)" } ?? ""]
+                if isUnprotected { facts["unprotected"] = "yes" }
                 if isByHand { facts["held"] = "by hand" }
                 try ledger.learn(obligation, facts)
                 disks.append(HotAddAttachment(obligation, facts))
@@ -264,7 +272,8 @@ extension HotAddAttachment {
         func value(_ key: String) -> String? { details[key].flatMap { $0.isEmpty ? nil : $0 } }
         self.init(
             id: value("id") ?? "", serial: value("serial") ?? "", image: value("image") ?? "",
-            controller: value("controller") ?? "", node: value("node"), hctl: value("hctl"))
+            controller: value("controller") ?? "", node: value("node"), hctl: value("hctl"),
+            isUnprotected: value("unprotected").map { _ in true })
     }
 }
 

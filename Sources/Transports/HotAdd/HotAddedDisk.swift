@@ -15,6 +15,8 @@ struct HotAddedDisk {
     let isWritable: Bool
     /// Whether it is read and written around the page cache.
     var isDirect = false
+    /// Whether it may be opened although this machine's own programs may act on it.
+    var isUnprotected = false
     let inventory = DiskInventory()
 
     /// Waits until the disk is there, and opens it. Nobody else can mount, assemble or write it from then on.
@@ -23,7 +25,10 @@ struct HotAddedDisk {
     /// - Throws: `BlockError`: it does not come, several are meant, it is no SCSI disk, somebody holds it, or another
     ///   has taken its place while it was opened.
     func open(seconds: Double = patience) throws(BlockError) -> any BlockDevice {
+        let protection = HostProtection()
+        let kept = isUnprotected ? HostProtection.warn(doing) : try protection.require(doing)
         let disk = try find(seconds: seconds)
+        if !isUnprotected { try protection.confirm(disk, doing) }
         var options = RawOptions()
         options.isWritable = isWritable
         options.isExclusive = true
@@ -33,10 +38,14 @@ struct HotAddedDisk {
         // Another machine may have written to it since this one read it last.
         let result = dg_block_drop_cache(node.number)
         if result < 0 { throw BlockError(errno: -result, "\(doing): dropping what is cached of \(disk.node)") }
-        if isWritable || disk.isReadOnly { return try BlockNodeDevice(node, name: disk.node, options) }
+        let fact = (key: "kept out", value: kept)
+        if isWritable || disk.isReadOnly {
+            return HeldDevice(try BlockNodeDevice(node, name: disk.node, options), identity: [fact]) {}
+        }
         let lease = try Self.note(disk, node)
         do throws(BlockError) {
-            return HeldDevice(try BlockNodeDevice(node, name: disk.node, options)) { ProcessLeases.release(lease) }
+            let device = try BlockNodeDevice(node, name: disk.node, options)
+            return HeldDevice(device, identity: [fact]) { ProcessLeases.release(lease) }
         } catch {
             ProcessLeases.release(lease)
             throw error
@@ -54,7 +63,9 @@ struct HotAddedDisk {
         var devices: [any BlockDevice] = []
         do throws(BlockError) {
             for disk in disks {
-                let added = HotAddedDisk(selector: .serial(disk.serial), isWritable: isWritable, isDirect: isDirect)
+                let added = HotAddedDisk(
+                    selector: .serial(disk.serial), isWritable: isWritable, isDirect: isDirect,
+                    isUnprotected: disk.isUnprotected == true)
                 devices.append(HeldDevice(try added.open()) { withExtendedLifetime(lease) {} })
             }
             return devices

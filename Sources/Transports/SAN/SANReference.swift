@@ -1,5 +1,5 @@
 // san: sources taken apart: a LUN that this proxy sees, or a file of a datastore that lies on such LUNs.
-import Block
+public import Block
 public import LinuxIO
 
 /// What `san:` names.
@@ -21,6 +21,17 @@ extension SourceReference {
         if let selector = try diskSelector(key, value, of: text) { return .unit(selector) }
         let parts = body.split(separator: "/", maxSplits: 1, omittingEmptySubsequences: false).map(String.init)
         return .file(datastore: parts[0], path: parts.count == 2 ? parts[1] : "")
+    }
+
+    /// What picks a disk out: serial=S, wwn=W or hctl=H:C:T:L, with or without hotadd: before it.
+    ///
+    /// - Throws: `.invalid` for anything else.
+    public static func disk(_ text: String) throws(BlockError) -> DiskSelector {
+        let parts = (text.after("hotadd:") ?? text[...]).split(separator: "=", maxSplits: 1)
+        if parts.count == 2, let disk = try diskSelector(parts[0], String(parts[1]), of: text) { return disk }
+        throw BlockError(
+            .invalid, "\(text) names no disk: write /dev/NODE, serial=SERIAL, wwn=NAME or hctl=HOST:CHANNEL:TARGET:UNIT"
+        )
     }
 
     /// A disk picked out by `serial=`, `wwn=` or `hctl=`; nil where the key is another.
