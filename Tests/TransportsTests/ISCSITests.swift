@@ -27,7 +27,7 @@ private func silentPort() throws -> (socket: ListeningSocket, port: UInt16) {
 }
 
 @Suite struct ISCSITests {
-    @Test(arguments: [false, true], ["512", "4096"])
+    @Test(arguments: [(false, "512"), (true, "4096")])
     func unitConforms(writable: Bool, sector: String) throws {
         try withTemporaryDirectory { directory in
             let target = try ISCSITarget(directory)
