@@ -101,6 +101,9 @@ struct BackupCommand: ParsableCommand {
         }
         if let workers, !(1...16).contains(workers) { throw ValidationError("--workers \(workers): give 1 to 16") }
         if wait < 0 { throw ValidationError("--wait \(wait): give 0 or more seconds") }
+        if !source.isEmpty && !(disk + exclude).isEmpty {
+            throw ValidationError("--source names the disks already: leave out --disk and --exclude")
+        }
         if verify && sample != nil { throw ValidationError("--verify checks everything: leave out --sample") }
     }
 
@@ -120,7 +123,10 @@ struct BackupCommand: ParsableCommand {
         request.waitSeconds = wait
         request.tool = "diskgate \(DiskgateCommand.configuration.version)"
         request.retention = keep.rule
-        if dryRun { return try show(try BackupRun(request, cancellation: Cancellation()).plan()) }
+        if dryRun {
+            try giveBackOnSignals()
+            return try show(try BackupRun(request, cancellation: Cancellation()).plan())
+        }
         let cancellation = Cancellation()
         try cancelOnSignal(cancellation)
         let reporter = ProgressReporter(report.json ? .json : .automatic, subject: "backup")

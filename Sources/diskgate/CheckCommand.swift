@@ -61,6 +61,7 @@ struct CheckCommand: ParsableCommand {
         let attempt: TransportPlan.Attempt = { (source, machine) throws(BlockError) in
             try open(source, of: machine, in: site, sessions)
         }
+        if tries { try giveBackOnSignals() }
         let plan = try TransportPlan.current(rules, order: order, sessions: sessions)
         let plans = machines.map { machine in
             Plan(machine, plan.choices(for: machine, trying: tries ? attempt : nil), in: site)

@@ -138,21 +138,3 @@ struct CopyCommand: ParsableCommand {
             + "\(decimals(result.seconds, 2)) s (\(readable(UInt64(rate)))/s)"
     }
 }
-
-/// Lets SIGINT and SIGTERM end work cleanly; a second one ends the process.
-func cancelOnSignal(_ cancellation: Cancellation) throws {
-    let wanted = [SIGINT, SIGTERM]
-    var signals = sigset_t()
-    sigemptyset(&signals)
-    for signal in wanted { sigaddset(&signals, signal) }
-    pthread_sigmask(SIG_BLOCK, &signals, nil)
-    let number = dg_signalfd(wanted, Int32(wanted.count))
-    if number < 0 { throw BlockError(errno: -number, "waiting for signals") }
-    try startThread(name: "signals") {
-        _ = dg_signal_read(number)
-        writeError("diskgate: stopping; once more ends it at once")
-        cancellation.cancel()
-        _ = dg_signal_read(number)
-        Glibc._exit(1)
-    }
-}

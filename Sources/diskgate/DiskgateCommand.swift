@@ -41,7 +41,8 @@ struct DiskgateCommand: ParsableCommand {
         Hypervisors.openHotAddControllers()
         let status = perform()
         ProcessLeases.releaseAll()
-        Glibc.exit(status)
+        // What was asked for is done, and a disk stays added.
+        Glibc.exit(status == 0 && ProcessLeases.hasLeft ? 3 : status)
     }
 
     /// Runs the command that the arguments name.

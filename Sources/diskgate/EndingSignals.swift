@@ -1,4 +1,5 @@
 // Signals that end a command while it has a disk attached: the disk is given back first.
+import Backup
 import Block
 import CLinux
 import Glibc
@@ -10,7 +11,11 @@ import Transports
 ///
 /// The reader of a pipe that has enough ends writing with an error then, instead of the process with a signal.
 func giveBackOnSignals(_ sources: [SourceReference]) throws {
-    if !sources.contains(where: \.isHotAdded) { return }
+    if sources.contains(where: \.isHotAdded) { try giveBackOnSignals() }
+}
+
+/// The same, for disks that are not known yet.
+func giveBackOnSignals() throws {
     signal(SIGPIPE, SIG_IGN)
     let wanted = blockEndingSignals()
     let number = dg_signalfd(wanted, Int32(wanted.count))
@@ -26,6 +31,27 @@ func giveBackOnSignals(_ sources: [SourceReference]) throws {
         signal(ending, SIG_DFL)
         pthread_sigmask(SIG_UNBLOCK, &only, nil)
         raise(ending)
+        Glibc._exit(1)
+    }
+}
+
+/// Lets SIGINT, SIGTERM and SIGHUP end work cleanly; a second one ends the process at once, with what it has added to
+/// this machine given back as far as that takes some seconds only.
+func cancelOnSignal(_ cancellation: Cancellation) throws {
+    let wanted = blockEndingSignals()
+    let number = dg_signalfd(wanted, Int32(wanted.count))
+    if number < 0 { throw BlockError(errno: -number, "waiting for signals") }
+    try startThread(name: "signals") {
+        _ = dg_signal_read(number)
+        writeError("diskgate: stopping; once more ends it at once")
+        cancellation.cancel()
+        _ = dg_signal_read(number)
+        // A third one waits for nothing.
+        try? startThread(name: "release") {
+            ProcessLeases.releaseAll()
+            Glibc._exit(1)
+        }
+        _ = dg_signal_read(number)
         Glibc._exit(1)
     }
 }

@@ -4,6 +4,7 @@ import Backup
 import Block
 import Glibc
 import LinuxIO
+import Transports
 
 struct RestoreCommand: ParsableCommand {
     static let configuration = CommandConfiguration(
@@ -108,14 +109,15 @@ struct RestoreCommand: ParsableCommand {
 
     /// Where a disk goes.
     private func place(of id: String, isOnly: Bool) throws -> String {
+        guard case .path = try SourceReference(destination).kind else {
+            if isOnly { return destination }
+            throw BlockError(
+                .invalid, "restoring several disks to \(destination): give a directory, or one --disk at a time")
+        }
         var status = stat()
         let isDirectory = stat(destination, &status) == 0 && status.st_mode & S_IFMT == S_IFDIR
         if isOnly && !isDirectory && !destination.hasSuffix("/") { return destination }
         if !isDirectory {
-            if destination.contains("://") {
-                throw BlockError(
-                    .invalid, "restoring several disks to \(destination): give a directory, or one --disk at a time")
-            }
             try makeDirectories(destination, mode: 0o755)
         }
         return "\(destination)/\(id.unicodeScalars.map { $0 == "/" ? "_" : String($0) }.joined()).raw"

@@ -60,6 +60,17 @@ private struct SlowCopy {
         #expect(try run("ls", copy.folder.path).text.isEmpty)
     }
 
+    @Test func `what an earlier copy has noted is not taken for that of one that keeps no journal`() throws {
+        let copy = try SlowCopy()
+        _ = try copy.interrupt(with: SIGTERM, lines: 1)
+        let outcome = try Tool.diskgate.run(
+            copy.arguments("--no-flush", "--force"), environment: ["DISKGATE_STEP_KILL=copy.complete"])
+        #expect(outcome.status == 128 + SIGKILL, "\(outcome.errors)")
+        let resumed = try attempt("diskgate", "copy", copy.source, copy.path, "--resume")
+        #expect(resumed.status == 1 && !resumed.errors.isEmpty, "\(resumed)")
+        #expect(access(copy.path, F_OK) != 0)
+    }
+
     @Test func `killed again and again, it ends with the same bytes`() throws {
         let copy = try SlowCopy()
         _ = try copy.interrupt(with: SIGKILL, lines: 1)

@@ -78,6 +78,14 @@ private struct Given {
         }
     }
 
+    @Test func `another disk in the place of one is not passed over in silence`() throws {
+        let given = try Given()
+        #expect(try given.backup("disks:web?snapshot=one").status == 0)
+        try run("truncate", "-s", "4M", given.raw)
+        let outcome = try given.backup("disks:web?snapshot=two")
+        #expect(outcome.status == 3 && outcome.text.contains("it had 3146240 bytes"), "\(outcome)")
+    }
+
     @Test func `disks that change while they are read are said to be doubtful`() throws {
         let given = try Given()
         let outcome = try given.backup("disks:web?inconsistent=yes")
@@ -86,10 +94,11 @@ private struct Given {
         #expect(points.text.contains("inconsistent"), "\(points.text)")
     }
 
-    @Test func `a plan makes nothing, and one disk can be left out`() throws {
+    @Test func `a plan makes nothing, and only the disks that are given are opened`() throws {
         let given = try Given()
-        let plan = try given.backup("disks:web?snapshot=s", "--dry-run", "--exclude", "sdb")
-        #expect(plan.status == 0 && plan.text.contains("sda") && plan.text.contains("left out"), "\(plan)")
+        let plan = try given.backup("disks:web?snapshot=s", "--dry-run")
+        #expect(plan.status == 0 && plan.text.contains("sda") && plan.text.contains("sdb"), "\(plan)")
+        #expect(try given.backup("disks:web?snapshot=s", "--exclude", "sdb").status == 2)
         #expect(access(given.folder.file("points"), F_OK) != 0)
     }
 

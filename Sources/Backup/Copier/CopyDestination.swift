@@ -166,8 +166,12 @@ final class OpenDestination {
             marker = "\(path).incomplete"
             let changeJournal = "\(path).changed.journal"
             if !rules.isChange { (partial, outdated) = ((parts.path, path), changeJournal) }
-            if !rules.isDurable { return }
             do throws(BlockError) {
+                if !rules.isDurable {
+                    // One of an earlier copy must not be taken for this one's.
+                    try CopyJournal.begin("\(path).journal", identity).remove()
+                    return
+                }
                 if rules.isChange && rules.resumes { try checkMarker(identity) }
                 let beside = rules.isChange ? changeJournal : "\(path).journal"
                 try openJournal(rules.journal ?? beside, identity, rules)
@@ -185,7 +189,9 @@ final class OpenDestination {
         case .hotAdd(let reference):
             let disk = try reference.openHotAddedTarget()
             (target, device) = (DeviceTarget(disk), disk)
-            let facts = disk.info.identity.map { "\($0.key) \($0.value)" }.joined(separator: ", ")
+            var facts = disk.info.identity.map { "\($0.key) \($0.value)" }.joined(separator: ", ")
+            // A disk that is added for each copy is another one each time.
+            if case .hotAdd(.image) = reference.kind { facts = "\(reference), \(disk.info.size) bytes" }
             try openForeign(CopyIdentity(source: source, scope: scope, target: facts), size, rules)
         case .nbd(let uri):
             let disk = try NBDDevice.open(uri, isWritable: true)
@@ -448,6 +454,8 @@ final class OpenDestination {
     func complete() throws(BlockError) {
         Step.reached("copy.complete")
         if let partial {
+            // What is replaced may be durable.
+            if !isDurable && Self.exists(partial.path) { try target.flush() }
             if isDurable {
                 try renameDurably(partial.aside, to: partial.path)
             } else if rename(partial.aside, partial.path) < 0 {

@@ -118,6 +118,7 @@ public enum CopyJob {
             let reconnects = reconnections(request) - before
             let compared = try request.verifies ? verify(request, source, destination, reporter, cancellation) : nil
             let doubt = try request.verifies || reconnects == 0 ? nil : doubt(request, source, destination)
+            let downgrades = [doubt, request.verifies ? nil : Self.doubtOfResumption(request)].compactMap { $0 }
             try destination.complete()
             return CopyReport(
                 source: request.source.source.description, destination: destination.name,
@@ -125,13 +126,20 @@ public enum CopyJob {
                 bytesWritten: result.writtenBytes, bytesZeroed: result.zeroedBytes, bytesSkipped: result.skippedBytes,
                 bytesCloned: result.clonedBytes, bytesResumed: result.resumedBytes, bytesVerified: compared,
                 retries: result.retries, reconnects: reconnects,
-                downgrades: chosen.choice.reasons.map { "not over \($0)" } + (doubt.map { [$0] } ?? []),
+                downgrades: chosen.choice.reasons.map { "not over \($0)" } + downgrades,
                 workers: result.workers, seconds: result.seconds, transport: chosen.choice)
         } catch {
             destination.abandon()
             guard let advice = destination.advice else { throw error }
             throw BlockError(error.kind, "\(error.message); \(advice)")
         }
+    }
+
+    /// Whether a copy that went on from a disk which was added anew may be of two moments.
+    private static func doubtOfResumption(_ request: CopyRequest) -> String? {
+        guard request.resumes, case .hotAdd(.image) = request.source.source.kind else { return nil }
+        return "the copy went on from a disk that was added anew, and nobody tells whether its image was written "
+            + "meanwhile: only --verify tells whether all of the copy is of one moment"
     }
 
     private static func reconnections(_ request: CopyRequest) -> Int {

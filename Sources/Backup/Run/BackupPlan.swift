@@ -42,8 +42,8 @@ struct BackupPlan {
         disks = []
         for disk in chosen {
             var level = Self.level(of: disk, request, last, problem)
-            // Nothing else was to be had.
-            if !isTracked && level.since == nil { level.isDowngrade = false }
+            // Nothing else was to be had, unless this is not the disk that it was.
+            if !isTracked && last?.manifest.disk(disk.id)?.size == disk.size { level.isDowngrade = false }
             if let last, last.manifest.disk(disk.id) == nil, known.contains(disk.id), !request.isFull {
                 level.isDowngrade = true
             }

@@ -1,5 +1,7 @@
 // Several sources of one disk: opened one after the other, in the order of preference, until one can be read.
 public import Block
+import LinuxIO
+import NBD
 
 extension DiskSpecification {
     /// All sources of the disk, in the order in which they were given.
@@ -33,7 +35,7 @@ extension DiskSpecification {
                 opened: try open(disk), disk: disk,
                 choice: TransportChoice(disk: source.description, position: 1, candidates: candidates))
         }
-        var unproven: String?
+        var (unproven, failed): (String?, String?)
         var size: (bytes: UInt64, name: String)?
         for (index, source) in sources.enumerated() {
             guard let source else { continue }
@@ -44,6 +46,15 @@ extension DiskSpecification {
                         "nbd.clear-text", .excluded,
                         "not tried: \(unproven) could not prove who it is, and whoever is between would be read in "
                             + "clear text"))
+                continue
+            }
+            // Whoever is between can make TLS fail in any way he likes.
+            if let failed, source.crossesNetworkInClear, transports == nil {
+                candidates[index].findings.append(
+                    Finding(
+                        "nbd.clear-text", .excluded,
+                        "not tried: \(failed) could not be reached with TLS, and whoever is between may have seen to "
+                            + "that; --transports with nbd in its order takes clear text all the same"))
                 continue
             }
             do throws(BlockError) {
@@ -63,7 +74,10 @@ extension DiskSpecification {
                     opened: opened, disk: disk,
                     choice: TransportChoice(disk: self.source.description, position: index + 1, candidates: candidates))
             } catch {
-                if source.transport == .nbdssl && error.kind == .denied { unproven = unproven ?? source.description }
+                if source.transport == .nbdssl {
+                    failed = failed ?? source.description
+                    if error.kind == .denied { unproven = unproven ?? source.description }
+                }
                 candidates[index].findings.append(Finding("\(name).tried", .excluded, error.message))
             }
         }
@@ -113,6 +127,15 @@ extension TransportCandidate {
         var refused = self
         refused.findings.append(Finding("\(name).\(rule)", .excluded, reason))
         return refused
+    }
+}
+
+extension SourceReference {
+    /// Whether its bytes come over a network without TLS.
+    var crossesNetworkInClear: Bool {
+        guard case .nbd(let uri) = kind, uri.tls == nil else { return false }
+        if case .tcp = uri.address { return true }
+        return false
     }
 }
 

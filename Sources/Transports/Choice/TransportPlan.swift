@@ -34,11 +34,15 @@ public struct TransportPlan: Sendable {
                     findings: rules.findings(transport, disk, of: machine, usage: usage))
             }
             var position: Int?
+            var failed: String?
             for index in candidates.indices where candidates[index].verdict != .excluded {
                 if let attempt {
-                    let finding = tried(candidates[index], machine, attempt)
+                    let finding = tried(candidates[index], machine, attempt, afterTLS: failed)
                     candidates[index].findings.append(finding)
-                    if finding.verdict == .excluded { continue }
+                    if finding.verdict == .excluded {
+                        if order.kinds[index] == .nbdssl { failed = failed ?? candidates[index].source }
+                        continue
+                    }
                 }
                 position = index + 1
                 take(order.kinds[index], machine, &usage)
@@ -54,12 +58,20 @@ public struct TransportPlan: Sendable {
         (disk.sources ?? []).first { (try? SourceReference($0))?.transport == transport }
     }
 
-    private func tried(_ candidate: TransportCandidate, _ machine: Inventory.Machine, _ attempt: Attempt) -> Finding {
+    /// - Parameter failed: the source with TLS that could not be opened; nil where none was tried.
+    private func tried(
+        _ candidate: TransportCandidate, _ machine: Inventory.Machine, _ attempt: Attempt, afterTLS failed: String?
+    ) -> Finding {
         let rule = "\(candidate.name).tried"
         guard let text = candidate.source else {
             return Finding(
                 rule, .warning, "it was not tried: the inventory has no source for it",
                 remedy: "name one in the disk's sources")
+        }
+        if let failed, (try? SourceReference(text))?.crossesNetworkInClear == true {
+            return Finding(
+                "nbd.clear-text", .excluded,
+                "not tried: \(failed) could not be reached with TLS, and whoever is between may have seen to that")
         }
         do throws(BlockError) { try attempt(try SourceReference(text), machine) } catch {
             return Finding(rule, .excluded, error.message)

@@ -42,12 +42,14 @@ public struct HotAddTask: Sendable {
 
     /// Adds disks and waits until the kernel has them.
     ///
-    /// - Parameter isByHand: whether they stay when this process ends, until somebody says otherwise.
+    /// - Parameters:
+    ///   - isByHand: whether they stay when this process ends, until somebody says otherwise.
+    ///   - begun: called with the ledger before the first disk is asked for.
     /// - Returns: the disks in the order of the images, and the ledger that they have to be given back with.
     /// - Throws: `BlockError`; nothing stays added then.
-    public func attach(_ images: [HotAddImage], isWritable: Bool, isByHand: Bool) throws(BlockError) -> (
-        disks: [HotAddAttachment], ledger: RunLedger
-    ) {
+    public func attach(_ images: [HotAddImage], isWritable: Bool, isByHand: Bool, begun: (RunLedger) -> Void = { _ in })
+        throws(BlockError) -> (disks: [HotAddAttachment], ledger: RunLedger)
+    {
         guard let first = images.first, images.allSatisfy({ $0.controller == first.controller }) else {
             throw BlockError(.invalid, "adding disks: give images of one controller")
         }
@@ -66,6 +68,7 @@ public struct HotAddTask: Sendable {
             )
         }
         let ledger = try RunLedger.begin(stateDirectory: stateDirectory, machine: first.controller, repository: nil)
+        begun(ledger)
         let run = ledger.run.id.filter { $0 != "-" }.prefix(12)
         var obligations: [Obligation] = []
         do throws(BlockError) {
@@ -198,6 +201,8 @@ public struct HotAddTask: Sendable {
     ///
     /// - Parameter force: takes them off even where somebody has them open.
     func release(_ ledger: RunLedger, force: Bool) throws(BlockError) {
+        // The process is ending: what it is just adding goes, too, once it is there.
+        if force { withExtendedLifetime(try turn(at: ledger.run.machine)) {} }
         let failure = giveBack(ledger.obligations.filter { $0.kind == Self.kind }, of: ledger, force: force).failure
         try ledger.end()
         if let failure { throw failure }

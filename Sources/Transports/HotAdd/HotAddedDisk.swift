@@ -58,15 +58,19 @@ struct HotAddedDisk {
     static func open(_ images: [HotAddImage], isWritable: Bool, isDirect: Bool) throws(BlockError) -> [any BlockDevice]
     {
         let task = HotAddTask()
-        let (disks, ledger) = try task.attach(images, isWritable: isWritable, isByHand: false)
-        let lease = HotAddLease(task, ledger)
+        var lease: HotAddLease?
+        // Held before the first disk is asked for: a signal may come at any time.
+        let disks = try task.attach(images, isWritable: isWritable, isByHand: false) {
+            lease = HotAddLease(task, $0)
+        }.disks
+        let held = lease
         var devices: [any BlockDevice] = []
         do throws(BlockError) {
             for disk in disks {
                 let added = HotAddedDisk(
                     selector: .serial(disk.serial), isWritable: isWritable, isDirect: isDirect,
                     isUnprotected: disk.isUnprotected == true)
-                devices.append(HeldDevice(try added.open()) { withExtendedLifetime(lease) {} })
+                devices.append(HeldDevice(try added.open()) { withExtendedLifetime(held) {} })
             }
             return devices
         } catch {
@@ -153,6 +157,7 @@ private final class HotAddLease: Sendable {
                 let text =
                     "diskgate: \(error.message); diskgate doctor --fix takes it off, or diskgate detach --force\n"
                 _ = text.withCString { write(STDERR_FILENO, $0, strlen($0)) }
+                ProcessLeases.noteLeft()
             }
         }
     }

@@ -15,6 +15,8 @@ public enum ProcessLeases {
         var next = 0
         /// Releases that are going on.
         var going = 0
+        /// Whether something could not be given back.
+        var hasLeft = false
     }
 
     private static let state = Guarded(State())
@@ -55,6 +57,12 @@ public enum ProcessLeases {
         }
         state.wait { $0.going == 0 }
     }
+
+    /// Notes that something could not be given back, of which people were told.
+    static func noteLeft() { state.withLock { $0.hasLeft = true } }
+
+    /// Whether something could not be given back.
+    public static var hasLeft: Bool { state.withLock { $0.hasLeft } }
 
     private static func end() { state.withLock { $0.going -= 1 } }
 }
