@@ -18,7 +18,13 @@ extension BlockDevice {
         var done: UInt64 = 0
         while done < range.count64 {
             below.removeAll()
-            _ = try status(context, of: (range.lowerBound + done)..<range.upperBound, into: &below)
+            do throws(BlockError) {
+                _ = try status(context, of: (range.lowerBound + done)..<range.upperBound, into: &below)
+            } catch {
+                // What comes before a fault is right.
+                if done > 0 { return start + done }
+                throw error
+            }
             for extent in below.extents {
                 if !list.append(extent.length, value(extent.value)) { return start + done }
                 done += extent.length

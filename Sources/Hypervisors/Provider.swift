@@ -149,6 +149,8 @@ public struct SnapshotDisk: Sendable {
     public var source: SourceReference
     /// The disk, where it is open already: the source may be such as can be opened once only.
     public var device: (any BlockDevice)?
+    /// Why it is this source, where there were several.
+    public var choice: TransportChoice?
     /// Seconds that its server has for each answer; nil for the usual.
     public var answerSeconds: Int?
     /// The meta context that tells what changed since the wanted checkpoint (`qemu:dirty-bitmap:...`); nil where the

@@ -28,6 +28,14 @@ struct BackupCommand: ParsableCommand {
             valueName: "id=source"))
     var source: [String] = []
 
+    @Option(
+        name: .customLong("or"),
+        help: ArgumentHelp(
+            "Another source of such a disk, taken when those before it cannot be opened and read from. May be "
+                + "repeated.",
+            valueName: "id=source"))
+    var others: [String] = []
+
     @Option(help: ArgumentHelp("The repository's directory; made where it is missing.", valueName: "directory"))
     var repository: String
 
@@ -98,7 +106,7 @@ struct BackupCommand: ParsableCommand {
 
     func run() throws {
         var request = BackupRequest(
-            machine: try Hypervisors.machine(machine.vm, withDisks: source), repository: repository,
+            machine: try Hypervisors.machine(machine.vm, withDisks: source, or: others), repository: repository,
             stateDirectory: state.directory)
         request.disks = DiskSelection(included: disk, excluded: exclude)
         request.isFull = full

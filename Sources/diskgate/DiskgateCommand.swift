@@ -113,7 +113,7 @@ struct SourceArguments: ParsableArguments {
     /// Opens the disk; of several sources the first that can be, and says on standard error why not those before it.
     func open() throws -> OpenedSource {
         let disk = try specification()
-        try giveBackOnSignals([disk.source] + disk.alternatives)
+        try giveBackOnSignals(disk.sources)
         let chosen = try disk.openChosen()
         report(chosen.choice)
         return OpenedSource(device: chosen.opened, choice: chosen.choice)

@@ -158,13 +158,10 @@ struct ServeCommand: ParsableCommand {
     private func request() throws -> ServeRequest {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
-        let references = try sources.flatMap { (source) -> [SourceReference] in
-            let disk = try disk(source)
-            return [disk.source] + disk.alternatives
-        }
-        if references.contains(where: \.isHotAdded) {
+        let all = try sources.flatMap { try disk($0).sources }
+        if all.contains(where: \.isHotAdded) {
             // A server waits for its end by itself, once it is one.
-            if stdio { try giveBackOnSignals(references) } else { blockEndingSignals() }
+            if stdio { try giveBackOnSignals(all) } else { blockEndingSignals() }
         }
         for (index, source) in sources.enumerated() {
             let device: any BlockDevice

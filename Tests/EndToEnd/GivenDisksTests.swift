@@ -50,6 +50,34 @@ private struct Given {
         try run("diskgate", "verify", "--repository", given.folder.file("points"))
     }
 
+    @Test func `another source of a disk is taken where the first is missing, and the point keeps why`() throws {
+        let given = try Given()
+        let lun = "san:wwn=naa.6000000000000000000000000000dead?snapshot=nightly"
+        // The disk sdc has the bytes of the server's, over the second of three ways.
+        let ways = ["--source", "sdc=\(lun)", "--or", "sdc=\(given.peer.uri())", "--or", "sdc=/nowhere/disk"]
+        let outcome = try Tool.diskgate.run(
+            [
+                "backup", "--vm", "disks:web?snapshot=s", "--repository", given.folder.file("points"),
+                "--state-directory", given.folder.file("state"), "--json",
+            ] + ways)
+        #expect(outcome.status == 3, "\(outcome)")
+        #expect(outcome.text.contains("\"transport\" : \"nbd\"") && outcome.text.contains("\"position\" : 2"))
+        #expect(
+            outcome.text.contains("disk sdc: not over san: opening the LUN wwn=naa.6000000000000000000000000000dead"))
+        let manifests = try run("sh", "-c", "find '\(given.folder.file("points"))' -name '*.json' -exec cat {} +").text
+        #expect(manifests.contains("\"transport\" : \"nbd\"") && manifests.contains("disk sdc: not over san: "))
+        #expect(try isSame(given.restored("1", "sdc"), given.served))
+        // The first that works is no downgrade.
+        let first = try given.backup("disks:web?snapshot=s", "--or", "sda=\(lun)")
+        #expect(first.status == 0 && !first.text.contains("not over"), "\(first)")
+        for wrong in [["--or", "sdx=/x"], ["--or", "sdc"]] {
+            let refused = try Tool.diskgate.run(
+                ["backup", "--vm", "disks:web?snapshot=s", "--repository", "/nowhere/r", "--source", "sdc=\(lun)"]
+                    + wrong)
+            #expect(refused.status == 1)
+        }
+    }
+
     @Test func `disks that change while they are read are said to be doubtful`() throws {
         let given = try Given()
         let outcome = try given.backup("disks:web?inconsistent=yes")

@@ -84,6 +84,22 @@ import Testing
         }
     }
 
+    @Test func `a disk in one file is read from a server, and none is written`() throws {
+        let folder = try Folder()
+        let raw = try folder.image("disk.raw", size: Self.size)
+        let disk = folder.file("disk.vmdk")
+        try run("qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", raw, disk)
+        try serving(["file:\(disk)?format=raw"], in: folder) { (gateway) throws in
+            let sum = try run("diskgate", "checksum", gateway.uri() + "&format=vmdk").text.prefix(64)
+            #expect(try checksum(raw) == String(sum))
+        }
+        let outcome = try attempt("diskgate", "serve", disk, "--writable", "--run", "true")
+        #expect(outcome.status == 1 && outcome.errors.contains("overlay"), "\(outcome)")
+        try serving([disk, "--overlay"], in: folder) { (gateway) throws in
+            try run("qemu-io", "-f", "raw", "-c", "write -P 5 1M 64k", "-c", "read -P 5 1M 64k", gateway.uri())
+        }
+    }
+
     // MARK: - Writing
 
     @Test(arguments: [[], ["--verify"]])

@@ -227,6 +227,27 @@ import Testing
         #expect(try readBytes(last, 0, 4096) == [UInt8](repeating: 0, count: 4096))
     }
 
+    @Test func longestChainIsWalkedOnTheStackOfAConnection() throws {
+        var files = FilesInMemory(files: ["0.vmdk": VMDKBytes.descriptor(["RW 16 FLAT \"f\" 0"])])
+        files.files["f"] = patternBytes(8192, seed: 1)
+        let count = VMDKDevice.chainLengthMax
+        for number in 1..<count {
+            files.files["\(number).vmdk"] = VMDKBytes.descriptor(
+                ["RW 16 VMFSSPARSE \"d\(number)\""], parentID: "11111111", parent: "\(number - 1).vmdk")
+            files.files["d\(number)"] = VMDKBytes.cow(sectors: 16, grainSectors: 1, [:])
+        }
+        let device = try files.disk("\(count - 1).vmdk")
+        // These threads have stacks as small as those of connections.
+        try concurrently([
+            { @Sendable () throws in
+                try requireEqual(try readBytes(device, 0, 8192), patternBytes(8192, seed: 1), "the base")
+                let all = try status(device, .depth, of: 0..<8192).extents
+                try require(all.count == 1 && all[0].value == UInt32(count), "\(all)")
+                device.prefetch(0..<8192)
+            }
+        ])
+    }
+
     @Test func parentMustBeThereAndBeAVMDK() throws {
         var (files, _) = Self.cowChain(grainSectors: 8)
         files.files["vm.vmdk"] = nil

@@ -149,6 +149,27 @@ import Testing
         }
     }
 
+    @Test func faultOfAParentCountsOnlyWhereTheParentDoes() throws {
+        let data = { (layer: UInt8) in VMDKBytes.Grain.data([UInt8](repeating: layer, count: 4096)) }
+        let files = FilesInMemory(files: [
+            "p": VMDKBytes.cow(sectors: 32, grainSectors: 8, [0: data(1), 1: .entry(1), 2: data(1), 3: .entry(1)]),
+            "c": VMDKBytes.cow(sectors: 32, grainSectors: 8, [0: data(2), 1: data(2)]),
+            "parent.vmdk": VMDKBytes.descriptor(["RW 32 VMFSSPARSE \"p\""]),
+            "child.vmdk": VMDKBytes.descriptor(
+                ["RW 32 VMFSSPARSE \"c\""], parentID: "11111111", parent: "parent.vmdk"),
+        ])
+        let child = try files.disk("child.vmdk")
+        #expect(try mapped(child, 0..<16384).end == 12288)
+        #expect(try status(child, .allocation, of: 0..<16384).end == 12288)
+        #expect(try status(child, .depth, of: 0..<16384).end == 12288)
+        #expect(
+            try readBytes(child, 0, 12288) == [UInt8](repeating: 2, count: 8192) + [UInt8](repeating: 1, count: 4096))
+        try requireError(.corrupt, "the parent's fault") { _ = try readBytes(child, 12000, 300) }
+        try requireError(.corrupt, "the parent's own fault") {
+            _ = try readBytes(try files.disk("parent.vmdk"), 4096, 1)
+        }
+    }
+
     @Test func journalThatWaitsIsRefused() throws {
         let files = FilesInMemory(files: [
             "x.vmdk": VMDKBytes.seSparse(sectors: 80, replaysJournal: true, [:]),

@@ -44,7 +44,7 @@ let package = Package(
         fuzzer("SidecarFuzz", ["Backup", "LinuxIO"]),
         fuzzer("StartTLSFuzz", ["LinuxIO", "NBD"]),
         fuzzer("TransmissionFuzz", ["LinuxIO", "NBD"]),
-        fuzzer("VMDKDescriptorFuzz", ["Formats"]),
+        fuzzer("VMDKDescriptorFuzz", ["Formats", "LinuxIO"]),
         fuzzer("VMDKFuzz", ["Formats"]),
         fuzzer("VMFSFuzz", ["Formats"]),
     ],

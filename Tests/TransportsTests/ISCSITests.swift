@@ -27,7 +27,7 @@ private func silentPort() throws -> (socket: ListeningSocket, port: UInt16) {
 }
 
 @Suite struct ISCSITests {
-    @Test(arguments: [false, true], ["512", "4096"])
+    @Test(arguments: [(false, "512"), (true, "4096")])
     func unitConforms(writable: Bool, sector: String) throws {
         try withTemporaryDirectory { directory in
             let target = try ISCSITarget(directory)
@@ -130,7 +130,7 @@ private func silentPort() throws -> (socket: ListeningSocket, port: UInt16) {
 
     @Test func referencesAreTakenApart() throws {
         let reference = try SourceReference(
-            "iscsi://me@[::1]:3261/iqn.2001-04.com.example%3Adisk/300?password-file=/p&timeout=7&reconnect=0&format=qcow2"
+            "iscsi://me@[::1]:3261/iqn.2001-04.com.example%3Adisk/300?password-file=/p&timeout=7&reconnect=0&format=raw"
         )
         guard case .iscsi(let unit) = reference.kind else { throw CheckFailure("\(reference.kind)") }
         #expect(unit.host == "::1" && unit.port == 3261 && unit.user == "me" && unit.passwordFile == "/p")

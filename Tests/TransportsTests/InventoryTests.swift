@@ -133,6 +133,12 @@ private func storedAndRead<Value: Codable>(_ value: Value) throws -> Value {
         #expect(
             asked.own.luns == ["naa.6", "t10.x"] && asked.own.libraries == ["openssl"] && asked.own.isProtected == false
         )
+        // What this machine cannot find out stays unknown.
+        var unclear = asked
+        unclear.own.isProtected = nil
+        facts.protection = Finding("hotadd.protection", .warning, "not root")
+        unclear.discover(facts)
+        #expect(unclear.own.isProtected == nil)
         // What somebody has said stays, and so does what nobody asked for.
         var said = try site { $0.own.discover = true }
         said.discover(facts)

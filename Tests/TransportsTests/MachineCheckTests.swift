@@ -19,7 +19,7 @@ import Transports
         facts.mayAdminister = true
         facts.mayOpenAll = true
         facts.openSSL = .success("OpenSSL 3.0.0")
-        facts.libiscsi = "libiscsi.so.7"
+        facts.hasLibiscsi = true
         facts.hasKernelNBD = true
         facts.hasNBDClient = true
         facts.protection = Finding("hotadd.protection", .ok, "the rule is in force")
@@ -58,7 +58,7 @@ import Transports
                 { $0.protection = Finding("hotadd.protection", .excluded, "no rule", remedy: "install it") }
             ),
             ("nbdssl", .excluded, "gone", { $0.openSSL = .failure(BlockError(.unsupported, "OpenSSL is gone")) }),
-            ("iscsi", .excluded, "libiscsi", { $0.libiscsi = nil }),
+            ("iscsi", .excluded, "libiscsi", { $0.hasLibiscsi = false }),
             ("mount", .excluded, "module nbd", { $0.hasKernelNBD = false }),
             ("mount", .excluded, "nbd-client", { $0.hasNBDClient = false }),
             ("mount", .excluded, "only root", { $0.mayAdminister = false }),
@@ -75,7 +75,7 @@ import Transports
         #expect(joined.verdict == .ok && joined.findings[0].reason.contains("1 LUN is seen"))
         #expect(
             try ability("iscsi") {
-                $0.libiscsi = nil; $0.kernelSessions = 2
+                $0.hasLibiscsi = false; $0.kernelSessions = 2
             }.verdict == .ok)
     }
 

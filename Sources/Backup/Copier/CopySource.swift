@@ -56,7 +56,9 @@ public final class CopySource: Sendable {
         }
         let device = try disk.open()
         let part = "partition \(disk.partition ?? 0), from \(disk.offset), \(device.info.size) bytes"
-        let facts = device.info.identity.filter { $0.key != "connections" }.map { "\($0.key) \($0.value)" }
+        var facts = device.info.identity.filter { $0.key != "connections" }.map { "\($0.key) \($0.value)" }
+        // A disk that is added for each copy is another one each time; samples tell whether its content is.
+        if case .hotAdd(.image) = source.kind { facts = [] }
         return CopySource(device, identity: ([try fileIdentity(source), part] + facts).joined(separator: ", "))
     }
 

@@ -23,6 +23,8 @@ struct DiskRun {
     let sample: SampleResult?
     /// Earlier points that miss changes, and why.
     let suspects: [(point: RestorePoint, reason: String)]
+    /// Why the disk is read from there, where there were several sources.
+    let choice: TransportChoice?
     private let reference: SourceReference
     private let checkpoint: String?
 
@@ -73,6 +75,7 @@ struct DiskRun {
     ) {
         id = disk.id
         size = disk.size
+        choice = disk.choice
         reference = disk.source
         checkpoint = disk.checkpoint
         self.source = source
@@ -100,14 +103,7 @@ struct DiskRun {
     var request: PointRequest.Disk { PointRequest.Disk(id: id, size: size, isIncremental: changed != nil) }
 
     /// How the disk was reached.
-    var transport: String {
-        switch reference.kind {
-        case .nbd(let uri): uri.tls == nil ? "nbd" : "nbdssl"
-        case .hotAdd: "hotadd"
-        case .san, .iscsi: "san"
-        default: "file"
-        }
-    }
+    var transport: String { (reference.transport ?? .file).rawValue }
 
     /// What the run knows of the disk before it is copied.
     var facts: PointFacts.Disk {
@@ -167,6 +163,8 @@ extension RunReport {
             id: run.id, size: run.size, level: run.changed == nil ? "full" : "incremental", reason: run.reason,
             transport: run.transport)
         disk.planned = run.planned
+        disk.choice = run.choice
+        for reason in run.choice?.reasons ?? [] { downgrades.append("disk \(run.id): not over \(reason)") }
         if let sample = run.sample {
             disk.sample = Sample(
                 chunks: sample.chunks, clean: sample.clean, mismatches: UInt64(sample.mismatches.count))

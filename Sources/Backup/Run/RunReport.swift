@@ -1,6 +1,7 @@
 // What a backup run tells when it is over: for people, for programs, and for hooks.
 import Block
 public import Hypervisors
+public import Transports
 
 /// The outcome of a backup run and how it came to be.
 public struct RunReport: Codable, Sendable {
@@ -79,6 +80,8 @@ public struct RunReport: Codable, Sendable {
         public var reason: String?
         /// How the disk was reached.
         public var transport: String
+        /// Which of its sources that is, and why not those before it; nil where there was but one.
+        public var choice: TransportChoice?
         /// Bytes that had to be looked at: those that changed, or that are allocated.
         public var planned: UInt64 = 0
         /// Bytes read from the disk.

@@ -19,7 +19,7 @@ typedef struct {
     const char *password;
     const char *target_user;      // what the target has to prove in turn, NULL for nothing
     const char *target_password;
-    uint32_t session_id;  // of several sessions of one initiator; a later one with the same takes an earlier one's place
+    uint32_t session_id;  // of several of one initiator; a later session with the same takes an earlier one's place
     bool header_digest;
     bool data_digest;
 } dg_iscsi_options;

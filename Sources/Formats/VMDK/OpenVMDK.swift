@@ -119,7 +119,8 @@ private struct VMDKLinkOpener {
         let content = try sparse(file.device, layout, extent)
         let whole = 0..<(extent.sectors * VMDK.sectorBytes)
         try checkAlone(descriptor)
-        return OpenedLink(file: file, descriptor: descriptor, extents: [VMDKExtent(whole, content)])
+        return OpenedLink(
+            file: file, descriptor: descriptor, extents: [VMDKExtent(whole, content, descriptorFile: file.device)])
     }
 
     /// Refuses to open other files on the word of bytes that a guest may have written.
@@ -143,7 +144,8 @@ private struct VMDKLinkOpener {
         var position: UInt64 = 0
         for extent in descriptor.extents {
             let end = position + extent.sectors * VMDK.sectorBytes
-            extents.append(VMDKExtent(position..<end, try content(of: extent, descriptor, &sparseFiles)))
+            let content = try content(of: extent, descriptor, &sparseFiles)
+            extents.append(VMDKExtent(position..<end, content, descriptorFile: file.device))
             position = end
         }
         return OpenedLink(file: file, descriptor: descriptor, extents: extents)

@@ -21,6 +21,8 @@ public final class VMDKDevice: BlockDevice {
     private let extents: [VMDKExtent]
     /// The same, in memory that is read without counting references.
     private let parts: VMDKParts
+    /// The parent, for walks that count no references.
+    private let below: Unmanaged<VMDKDevice>?
 
     /// A disk whose files are open.
     ///
@@ -34,10 +36,11 @@ public final class VMDKDevice: BlockDevice {
         self.parent = parent
         chainLength = (parent?.chainLength ?? 0) + 1
         parts = VMDKParts(extents)
+        below = parent.map { .passUnretained($0) }
         var info = DeviceInfo(size: descriptor.sectors * VMDK.sectorBytes, format: "vmdk", name: file.name)
         info.preferredBlock = Self.preferredBlock(extents)
-        info.isRotational = extents.contains { $0.lower?.info.isRotational == true }
-        info.hasLayers = parent != nil || extents.contains { if case .sparse = $0.content { true } else { false } }
+        info.isRotational = extents.contains { $0.lower.info.isRotational }
+        info.hasLayers = parent != nil || extents.contains { $0.kind == .sparse }
         info.identity = Self.identity(file, descriptor, extents, parent)
         self.info = info
     }
@@ -45,11 +48,7 @@ public final class VMDKDevice: BlockDevice {
     private static func preferredBlock(_ extents: [VMDKExtent]) -> UInt32 {
         var block: UInt32 = 4096
         for extent in extents {
-            switch extent.content {
-            case .flat(let device, _): block = max(block, device.info.preferredBlock)
-            case .sparse(let tables): block = max(block, UInt32(clamping: tables.unitSize))
-            case .zeros, .noAccess: break
-            }
+            block = max(block, UInt32(clamping: extent.tables?.unitSize ?? UInt64(extent.lower.info.preferredBlock)))
         }
         return min(block, 65536)
     }
@@ -66,12 +65,12 @@ public final class VMDKDevice: BlockDevice {
         if let name = descriptor.changeTrackName { identity.append(("change track", name)) }
         var remarks: [String] = []
         for extent in extents {
-            guard case .sparse(let tables) = extent.content, let remark = tables.layout.remark else { continue }
+            guard let tables = extent.tables, let remark = tables.layout.remark else { continue }
             remarks.append("\(tables.name): \(remark)")
         }
         if !remarks.isEmpty { identity.append(("remark", remarks.joined(separator: ", "))) }
         // What files are there now: whoever goes on with a copy has to know when they become others.
-        let devices = [file] + extents.compactMap { $0.lower?.info }
+        let devices = [file] + extents.filter { $0.kind == .flat || $0.kind == .sparse }.map(\.lower.info)
         var versions = devices.flatMap { $0.identity.filter { $0.key == "version" }.map(\.value) }
         versions += parent?.info.identity.filter { $0.key == "version" }.map(\.value) ?? []
         if !versions.isEmpty { identity.append(("version", versions.joined(separator: " "))) }
@@ -92,9 +91,7 @@ public final class VMDKDevice: BlockDevice {
         return try parts.forEach(in: range) { (part, range) throws(BlockError) -> UInt64 in
             let before = list.length
             do throws(BlockError) {
-                return try part.withExtent { extent throws(BlockError) in
-                    try map(extent, range, patience, into: &list)
-                }
+                return try map(part, range, patience, into: &list)
             } catch {
                 // What comes before it is right, unless something of this part was appended already.
                 if before > listed, list.length == before { return range.lowerBound }
@@ -103,33 +100,56 @@ public final class VMDKDevice: BlockDevice {
         }
     }
 
+    @inline(__always)
     private func map(
-        _ extent: VMDKExtent, _ range: Range<UInt64>, _ patience: Patience, into list: inout ExtentList
+        _ part: VMDKPart, _ range: Range<UInt64>, _ patience: Patience, into list: inout ExtentList
     ) throws(BlockError) -> UInt64 {
-        let start = extent.range.lowerBound
-        switch extent.content {
-        case .flat(let device, let offset):
-            let place = (range.lowerBound &- start &+ offset)..<(range.upperBound &- start &+ offset)
-            return try device.map(place, patience, into: &list) &- offset &+ start
+        switch part.kind {
+        case .flat:
+            return try part.withExtent { extent throws(BlockError) in
+                try extent.lower.map(part.place(range), patience, into: &list) &- part.offset &+ part.start
+            }
         case .zeros: return list.append(range.count64, .zeros(allocated: false)) ? range.upperBound : range.lowerBound
         case .noAccess: throw noAccess(range)
-        case .sparse(let tables):
-            return try forEachRun(tables, start, range, patience) { (run, position) throws(BlockError) -> UInt64 in
-                let end = position &+ run.length
-                switch run.kind {
-                case .data:
-                    let host = run.host..<(run.host &+ run.length)
-                    return try tables.lower.map(host, patience, into: &list) &- run.host &+ position
-                case .absent:
-                    if let parent { return try parent.map(position..<end, patience, into: &list) }
-                    return list.append(run.length, .zeros(allocated: false)) ? end : position
-                case .zero: return list.append(run.length, .zeros(allocated: false)) ? end : position
-                case .compressed, .corrupt:
-                    guard let source = extent.compressed else { throw noAccess(range) }
-                    return list.append(run.length, .source(source, offset: position &- start)) ? end : position
+        case .sparse:
+            let end = try part.withTables { tables throws(BlockError) in
+                try forEachRun(tables, part.start, range, patience) { (run, position) throws(BlockError) -> UInt64 in
+                    let before = list.length
+                    do throws(BlockError) {
+                        return try map(run, of: tables, at: position, part, patience, into: &list)
+                    } catch {
+                        if position > range.lowerBound, list.length == before { return position }
+                        throw error
+                    }
                 }
             }
+            return end ?? range.lowerBound
         }
+    }
+
+    @inline(__always)
+    private func map(
+        _ run: GrainRun, of tables: GrainTables, at position: UInt64, _ part: VMDKPart, _ patience: Patience,
+        into list: inout ExtentList
+    ) throws(BlockError) -> UInt64 {
+        let end = position &+ run.length
+        var place = Place.zeros(allocated: false)
+        switch run.kind {
+        case .data:
+            let host = run.host..<(run.host &+ run.length)
+            return try tables.lower.map(host, patience, into: &list) &- run.host &+ position
+        case .absent:
+            if let below {
+                return try below._withUnsafeGuaranteedRef { parent in
+                    Result { () throws(BlockError) in try parent.map(position..<end, patience, into: &list) }
+                }.get()
+            }
+        case .zero: break
+        case .compressed, .corrupt:
+            guard let source = part.compressed else { throw noAccess(position..<end) }
+            place = .source(source, offset: position &- part.start)
+        }
+        return list.append(run.length, place) ? end : position
     }
 
     /// Calls the body for each run of grains in a range.
@@ -167,35 +187,29 @@ public final class VMDKDevice: BlockDevice {
 
     /// Asks all files of the chain.
     public func confirm() throws(BlockError) {
-        for extent in extents { try extent.lower?.confirm() }
+        for extent in extents { try extent.lower.confirm() }
         try parent?.confirm()
     }
 
     /// Starts reading the data of a range, or the table that maps it where it is not in memory.
     public func prefetch(_ range: Range<UInt64>) {
         _ = try? parts.forEach(in: range) { (part, range) throws(BlockError) -> UInt64 in
-            try part.withExtent { extent throws(BlockError) in try prefetch(extent, range) }
+            if part.kind == .flat { part.withExtent { $0.lower.prefetch(part.place(range)) } }
+            _ = try part.withTables { tables throws(BlockError) in try prefetch(tables, part.start, range) }
+            return range.upperBound
         }
     }
 
-    private func prefetch(_ extent: VMDKExtent, _ range: Range<UInt64>) throws(BlockError) -> UInt64 {
-        let start = extent.range.lowerBound
-        switch extent.content {
-        case .flat(let device, let offset):
-            device.prefetch((range.lowerBound &- start &+ offset)..<(range.upperBound &- start &+ offset))
-        case .sparse(let tables):
-            let end = try forEachRun(tables, start, range, .resident) { (run, position) throws(BlockError) -> UInt64 in
-                switch run.kind {
-                case .data: tables.lower.prefetch(run.host..<(run.host &+ run.length))
-                case .absent: parent?.prefetch(position..<(position &+ run.length))
-                case .zero, .compressed, .corrupt: break
-                }
-                return position &+ run.length
+    private func prefetch(_ tables: GrainTables, _ start: UInt64, _ range: Range<UInt64>) throws(BlockError) {
+        let end = try forEachRun(tables, start, range, .resident) { (run, position) throws(BlockError) -> UInt64 in
+            switch run.kind {
+            case .data: tables.lower.prefetch(run.host..<(run.host &+ run.length))
+            case .absent: parent?.prefetch(position..<(position &+ run.length))
+            case .zero, .compressed, .corrupt: break
             }
-            if end < range.upperBound { tables.prefetchTable(at: end &- start) }
-        case .zeros, .noAccess: break
+            return position &+ run.length
         }
-        return range.upperBound
+        if end < range.upperBound { tables.prefetchTable(at: end &- start) }
     }
 }
 
@@ -213,9 +227,7 @@ extension VMDKDevice {
         return try parts.forEach(in: range) { (part, range) throws(BlockError) -> UInt64 in
             let before = list.length
             do throws(BlockError) {
-                return try part.withExtent { extent throws(BlockError) in
-                    try status(context, extent, range, into: &list)
-                }
+                return try status(context, part, range, into: &list)
             } catch {
                 if before > listed, list.length == before { return range.lowerBound }
                 throw error
@@ -224,49 +236,52 @@ extension VMDKDevice {
     }
 
     private func status(
-        _ context: StatusContext, _ extent: VMDKExtent, _ range: Range<UInt64>, into list: inout StatusList
+        _ context: StatusContext, _ part: VMDKPart, _ range: Range<UInt64>, into list: inout StatusList
     ) throws(BlockError) -> UInt64 {
-        let start = extent.range.lowerBound
-        func append(_ length: UInt64, _ value: UInt32, from position: UInt64) -> UInt64 {
-            list.append(length, value) ? position + length : position
-        }
-        switch extent.content {
+        let hole = AllocationFlags.zero | AllocationFlags.hole
+        switch part.kind {
         case .zeros, .noAccess:
-            let isData = if case .noAccess = extent.content { true } else { false }
-            let flags = isData ? AllocationFlags.data : AllocationFlags.zero | AllocationFlags.hole
-            return append(range.count64, context == .depth ? 1 : flags, from: range.lowerBound)
-        case .flat(let device, let offset):
-            if context == .depth { return append(range.count64, 1, from: range.lowerBound) }
-            let place = (range.lowerBound - start + offset)..<(range.upperBound - start + offset)
-            return try device.status(context, of: place, to: range.lowerBound, into: &list) { $0 }
-        case .sparse(let tables):
-            return try forEachRun(tables, start, range, .blocking) { (run, position) throws(BlockError) -> UInt64 in
-                if run.kind == .absent { return try absentStatus(context, position, run.length, into: &list) }
-                if context == .depth { return append(run.length, 1, from: position) }
-                if run.kind == .data, run.length >= Self.dataLookedAtMin {
-                    let host = run.host..<(run.host + run.length)
-                    return try tables.lower.status(context, of: host, to: position, into: &list) {
-                        $0 & AllocationFlags.zero
+            let flags = part.kind == .zeros ? hole : AllocationFlags.data
+            let value = context == .depth ? 1 : flags
+            return list.append(range.count64, value) ? range.upperBound : range.lowerBound
+        case .flat:
+            if context == .depth { return list.append(range.count64, 1) ? range.upperBound : range.lowerBound }
+            return try part.withExtent { extent throws(BlockError) in
+                try extent.lower.status(context, of: part.place(range), to: range.lowerBound, into: &list) { $0 }
+            }
+        case .sparse:
+            let end = try part.withTables { tables throws(BlockError) in
+                try forEachRun(tables, part.start, range, .blocking) { (run, position) throws(BlockError) -> UInt64 in
+                    let before = list.length
+                    do throws(BlockError) {
+                        return try status(context, run, of: tables, at: position, into: &list)
+                    } catch {
+                        if position > range.lowerBound, list.length == before { return position }
+                        throw error
                     }
                 }
-                let isZero = run.kind == .zero
-                let flags = isZero ? AllocationFlags.zero | AllocationFlags.hole : AllocationFlags.data
-                return append(run.length, flags, from: position)
             }
+            return end ?? range.lowerBound
         }
     }
 
-    /// What is said of a range that this disk does not have.
-    private func absentStatus(
-        _ context: StatusContext, _ position: UInt64, _ length: UInt64, into list: inout StatusList
+    private func status(
+        _ context: StatusContext, _ run: GrainRun, of tables: GrainTables, at position: UInt64,
+        into list: inout StatusList
     ) throws(BlockError) -> UInt64 {
-        guard let parent else {
-            let value = context == .depth ? 0 : AllocationFlags.zero | AllocationFlags.hole
-            return list.append(length, value) ? position + length : position
+        let end = position + run.length
+        let hole = AllocationFlags.zero | AllocationFlags.hole
+        if run.kind == .absent, let parent {
+            return try parent.status(context, of: position..<end, to: position, into: &list) { value in
+                context == .depth && value > 0 ? value + 1 : value
+            }
         }
-        let range = position..<(position + length)
-        return try parent.status(context, of: range, to: position, into: &list) { value in
-            context == .depth && value > 0 ? value + 1 : value
+        if context == .depth { return list.append(run.length, run.kind == .absent ? 0 : 1) ? end : position }
+        if run.kind == .data, run.length >= Self.dataLookedAtMin {
+            let host = run.host..<(run.host + run.length)
+            return try tables.lower.status(context, of: host, to: position, into: &list) { $0 & AllocationFlags.zero }
         }
+        let isHole = run.kind == .zero || run.kind == .absent
+        return list.append(run.length, isHole ? hole : AllocationFlags.data) ? end : position
     }
 }

@@ -3,8 +3,8 @@ import Block
 
 /// A part of a disk: one file, or none.
 final class VMDKExtent: Sendable {
-    /// How its bytes are kept.
-    enum Content: Sendable {
+    /// What opening it has come to.
+    enum Content {
         /// As they are in a disk, from an offset in bytes.
         case flat(any BlockDevice, offset: UInt64)
         /// In grains.
@@ -15,51 +15,80 @@ final class VMDKExtent: Sendable {
         case noAccess
     }
 
+    /// How its bytes are kept.
+    enum Kind {
+        case flat, sparse, zeros, noAccess
+    }
+
     /// The bytes of the disk that it has.
     let range: Range<UInt64>
-    let content: Content
+    let kind: Kind
+    /// What its bytes lie in, or the tables that say where; of an extent without a file, what the descriptor lies in.
+    let lower: any BlockDevice
+    /// Flat: where its bytes begin.
+    let offset: UInt64
+    /// Sparse: the file's metadata.
+    let tables: GrainTables?
     /// Sparse and compressed: what makes its grains whole.
-    private let decompressor: SourceHandle?
+    fileprivate let decompressor: SourceHandle?
 
-    init(_ range: Range<UInt64>, _ content: Content) {
+    init(_ range: Range<UInt64>, _ content: Content, descriptorFile: any BlockDevice) {
         self.range = range
-        self.content = content
-        if case .sparse(let tables) = content, tables.geometry.isCompressed {
-            decompressor = SourceHandle(UnitDecompressor(tables))
-        } else {
-            decompressor = nil
-        }
-    }
-
-    /// What the bytes lie in.
-    var lower: (any BlockDevice)? {
         switch content {
-        case .flat(let device, _): device
-        case .sparse(let tables): tables.lower
-        case .zeros, .noAccess: nil
+        case .flat(let device, let offset): (kind, lower, self.offset, tables) = (.flat, device, offset, nil)
+        case .sparse(let tables): (kind, lower, offset, self.tables) = (.sparse, tables.lower, 0, tables)
+        case .zeros: (kind, lower, offset, tables) = (.zeros, descriptorFile, 0, nil)
+        case .noAccess: (kind, lower, offset, tables) = (.noAccess, descriptorFile, 0, nil)
         }
+        decompressor =
+            tables.flatMap { $0.geometry.isCompressed ? SourceHandle(UnitDecompressor($0)) : nil }
     }
-
-    /// Where the compressed grains come from.
-    var compressed: SourceRef? { decompressor?.reference }
 }
 
 /// One extent as the walk sees it. It owns nothing: the device keeps its extents alive.
 struct VMDKPart: BitwiseCopyable {
+    let start: UInt64
     let end: UInt64
-    private let unmanaged: Unmanaged<VMDKExtent>
+    let kind: VMDKExtent.Kind
+    /// Flat: where its bytes begin.
+    let offset: UInt64
+    /// Where the compressed grains come from.
+    let compressed: SourceRef?
+    private let extent: Unmanaged<VMDKExtent>
+    private let tables: Unmanaged<GrainTables>?
 
     init(_ extent: VMDKExtent) {
+        start = extent.range.lowerBound
         end = extent.range.upperBound
-        unmanaged = .passUnretained(extent)
+        kind = extent.kind
+        offset = extent.offset
+        compressed = extent.decompressor?.reference
+        self.extent = .passUnretained(extent)
+        tables = extent.tables.map { .passUnretained($0) }
+    }
+
+    /// A range of the disk as one of the extent's flat file.
+    @inline(__always)
+    func place(_ range: Range<UInt64>) -> Range<UInt64> {
+        (range.lowerBound &- start &+ offset)..<(range.upperBound &- start &+ offset)
     }
 
     /// Runs the body with the extent, without counting references: every connection of an export comes by here, and
     /// they would all write to the same count.
     @inline(__always)
     func withExtent<R, E: Error>(_ body: (VMDKExtent) throws(E) -> R) throws(E) -> R {
-        try unmanaged._withUnsafeGuaranteedRef { extent in
+        try extent._withUnsafeGuaranteedRef { extent in
             Result { () throws(E) in try body(extent) }
+        }.get()
+    }
+
+    /// Runs the body with the tables of a sparse file, in the same way.
+    ///
+    /// - Returns: nil for an extent of another kind.
+    @inline(__always)
+    func withTables<R, E: Error>(_ body: (GrainTables) throws(E) -> R) throws(E) -> R? {
+        try tables?._withUnsafeGuaranteedRef { tables in
+            Result { () throws(E) in try body(tables) }
         }.get()
     }
 }
@@ -83,7 +112,7 @@ struct VMDKParts: ~Copyable, @unchecked Sendable {
     /// The versions of the maps of all files.
     var mapVersion: UInt64 {
         var version: UInt64 = 0
-        for index in 0..<count { version &+= parts[index].withExtent { $0.lower?.mapVersion ?? 0 } }
+        for index in 0..<count { version &+= parts[index].withExtent { $0.lower.mapVersion } }
         return version
     }
 

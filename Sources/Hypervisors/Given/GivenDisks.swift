@@ -11,7 +11,16 @@ final class GivenDisks: Provider {
     let name: String
     private let place: GivenDisksPlace
     /// What is open already: a disk that is added for its backup is added once, not for each look at it.
-    private let opened = Locked<[String: any BlockDevice]>([:])
+    private let opened = Locked<[String: OpenDisk]>([:])
+
+    /// A disk that is open, from the source that was taken.
+    fileprivate struct OpenDisk {
+        let id: String
+        let source: SourceReference
+        let device: any BlockDevice
+        /// Why it is this source; nil where there is but one.
+        var choice: TransportChoice?
+    }
 
     init(_ place: GivenDisksPlace) {
         self.place = place
@@ -23,21 +32,32 @@ final class GivenDisks: Provider {
     func inspect() throws(BlockError) -> VirtualMachine {
         var machine = VirtualMachine(id: name, name: place.name, isRunning: false)
         machine.hasHypervisor = false
-        for (disk, device) in zip(place.disks, try open(place.disks)) {
+        for disk in try open(place.disks) {
+            let info = disk.device.info
             var described = VirtualDisk(
-                id: disk.id, size: device.info.size, name: disk.source.description, format: device.info.format)
+                id: disk.id, size: info.size, name: disk.source.description, format: info.format)
             described.trackingObstacle = "nobody tells what changes on it"
             machine.disks.append(described)
         }
         return machine
     }
 
-    /// Opens disks that are not open yet; those that have to be added to this proxy first are added together.
-    private func open(_ disks: [(id: String, source: SourceReference)]) throws(BlockError) -> [any BlockDevice] {
+    /// Opens disks that are not open yet; those that have to be added to this proxy first are added together, unless
+    /// there are other ways to them.
+    private func open(_ disks: [GivenDisksPlace.Disk]) throws(BlockError) -> [OpenDisk] {
         try opened.withLock { (opened) throws(BlockError) in
             let missing = disks.filter { opened[$0.id] == nil }
-            let devices = try SourceReference.open(missing.map(\.source))
-            for (disk, device) in zip(missing, devices) { opened[disk.id] = device }
+            let single = missing.filter(\.others.isEmpty)
+            for (disk, device) in zip(single, try SourceReference.open(single.map(\.source))) {
+                opened[disk.id] = OpenDisk(id: disk.id, source: disk.source, device: device)
+            }
+            for disk in missing where !disk.others.isEmpty {
+                var specification = DiskSpecification(disk.source)
+                specification.alternatives = disk.others
+                let chosen = try specification.openChosen()
+                opened[disk.id] = OpenDisk(
+                    id: disk.id, source: chosen.disk.source, device: chosen.opened, choice: chosen.choice)
+            }
             return disks.compactMap { opened[$0.id] }
         }
     }
@@ -49,17 +69,17 @@ final class GivenDisks: Provider {
                 "backing up \(name): its file systems cannot be frozen from here: freeze them when the snapshot is "
                     + "made, and say quiesced=yes instead of --quiesce required")
         }
-        var chosen: [(id: String, source: SourceReference)] = []
+        var chosen: [GivenDisksPlace.Disk] = []
         for wanted in request.disks {
             guard let disk = place.disks.first(where: { $0.id == wanted.id }) else {
                 throw BlockError(.notFound, "backing up \(name): there is no disk \(wanted.id)")
             }
             chosen.append(disk)
         }
-        let devices = try open(chosen)
+        let disks = try open(chosen)
         // What does not take part is given back now, the rest with the session.
         opened.withLock { $0.removeAll() }
-        return GivenDisksSession(place, zip(chosen, devices).map { ($0, $1) })
+        return GivenDisksSession(place, disks)
     }
 
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {
@@ -85,9 +105,9 @@ private final class GivenDisksSession: SnapshotSession {
     private let name: String
     private let held: Locked<[SnapshotDisk]>
 
-    init(_ place: GivenDisksPlace, _ disks: [(disk: (id: String, source: SourceReference), device: any BlockDevice)]) {
+    init(_ place: GivenDisksPlace, _ disks: [GivenDisks.OpenDisk]) {
         name = place.name
-        let doubtful = disks.filter { $0.disk.source.parameter("inconsistent") == "yes" }.map(\.disk.id)
+        let doubtful = disks.filter { $0.source.parameter("inconsistent") == "yes" }.map(\.id)
         switch place.moment {
         case .inconsistent: consistency = .inconsistent
         case _ where !doubtful.isEmpty: consistency = .inconsistent
@@ -100,9 +120,10 @@ private final class GivenDisksSession: SnapshotSession {
         }
         self.warnings = warnings
         held = Locked(
-            disks.map { disk, device in
-                var offered = SnapshotDisk(id: disk.id, size: device.info.size, source: disk.source)
-                offered.device = device
+            disks.map { disk in
+                var offered = SnapshotDisk(id: disk.id, size: disk.device.info.size, source: disk.source)
+                offered.device = disk.device
+                offered.choice = disk.choice
                 return offered
             })
     }

@@ -2,7 +2,8 @@
 public import Block
 import Transports
 
-/// A machine whose disks the user names, since no hypervisor is asked: `disks:NAME?snapshot=TEXT&disk=ID=SOURCE&...`.
+/// A machine whose disks the user names, since no hypervisor is asked: `disks:NAME?snapshot=TEXT&disk=ID=SOURCE&...`,
+/// with `or=ID=SOURCE` for another way to a disk.
 struct GivenDisksPlace: Sendable {
     /// What the disks are, by the user's word.
     enum Moment: Sendable, Equatable {
@@ -18,13 +19,20 @@ struct GivenDisksPlace: Sendable {
     let name: String
     let moment: Moment
     /// The disks by their ids, in the user's order.
-    let disks: [(id: String, source: SourceReference)]
+    let disks: [Disk]
+
+    /// A disk, with its sources in the order in which they are to be tried.
+    struct Disk: Sendable {
+        let id: String
+        let source: SourceReference
+        var others: [SourceReference] = []
+    }
 
     /// Takes a URI apart.
     ///
     /// - Throws: `.invalid`, which says what is wrong or not stated.
     init(_ uri: MachineURI) throws(BlockError) {
-        try uri.allow(["snapshot", "quiesced", "offline", "inconsistent", "disk"])
+        try uri.allow(["snapshot", "quiesced", "offline", "inconsistent", "disk", "or"])
         if uri.body.isEmpty || uri.body.utf8.count > 200 || uri.body.contains("/") {
             throw uri.bad("give the machine a name of 1 to 200 bytes, without slashes")
         }
@@ -51,16 +59,24 @@ struct GivenDisksPlace: Sendable {
         return isOffline ? .offline : .inconsistent
     }
 
-    private static func disks(_ uri: MachineURI) throws(BlockError) -> [(id: String, source: SourceReference)] {
-        var disks: [(id: String, source: SourceReference)] = []
-        for (_, value) in uri.parameters.filter({ $0.key == "disk" }) {
+    private static func disks(_ uri: MachineURI) throws(BlockError) -> [Disk] {
+        var disks: [Disk] = []
+        for (key, value) in uri.parameters.filter({ $0.key == "disk" || $0.key == "or" }) {
             let sides = value.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
             guard sides.count == 2, !sides[0].isEmpty, !sides[1].isEmpty else {
                 throw uri.bad("the disk \(value) is no ID=SOURCE")
             }
             let id = String(sides[0])
+            let source = try SourceReference(String(sides[1]))
+            if key == "or" {
+                guard let index = disks.firstIndex(where: { $0.id == id }) else {
+                    throw uri.bad("another source of the disk \(id) comes before its first, or it has none")
+                }
+                disks[index].others.append(source)
+                continue
+            }
             if disks.contains(where: { $0.id == id }) { throw uri.bad("there are two disks \(id)") }
-            disks.append((id, try SourceReference(String(sides[1]))))
+            disks.append(Disk(id: id, source: source))
         }
         if disks.isEmpty { throw uri.bad("it has no disks: give --source ID=SOURCE for each") }
         return disks
@@ -70,23 +86,27 @@ struct GivenDisksPlace: Sendable {
 extension Hypervisors {
     /// The URI of a machine of given disks with more of them.
     ///
-    /// - Parameter sources: ID=SOURCE each.
+    /// - Parameters:
+    ///   - sources: ID=SOURCE each.
+    ///   - others: ID=SOURCE for other sources of these disks.
     /// - Throws: `.invalid` where the machine is one that a hypervisor knows.
-    public static func machine(_ text: String, withDisks sources: [String]) throws(BlockError) -> String {
-        if sources.isEmpty { return text }
+    public static func machine(_ text: String, withDisks sources: [String], or others: [String] = [])
+        throws(BlockError) -> String
+    {
+        if sources.isEmpty && others.isEmpty { return text }
         if !text.lowercased().hasPrefix("\(GivenDisks.scheme):") {
             throw BlockError(
                 .invalid,
                 "opening the machine \(text): its hypervisor knows its disks; --source is for machines disks:NAME")
         }
         var result = text
-        for source in sources {
+        for (key, source) in sources.map({ ("disk", $0) }) + others.map({ ("or", $0) }) {
             let escaped = source.utf8.map { byte -> String in
                 let isPlain = byte > 32 && byte < 127 && !Array("%&?#".utf8).contains(byte)
                 let digits = String(byte, radix: 16)
                 return isPlain ? String(UnicodeScalar(byte)) : "%\(digits.count == 1 ? "0" : "")\(digits)"
             }
-            result += "\(result.contains("?") ? "&" : "?")disk=\(escaped.joined())"
+            result += "\(result.contains("?") ? "&" : "?")\(key)=\(escaped.joined())"
         }
         return result
     }

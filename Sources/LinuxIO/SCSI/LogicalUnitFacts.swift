@@ -39,8 +39,8 @@ public struct LogicalUnitFacts: Sendable, Equatable {
 
     /// Asks a unit.
     ///
-    /// - Throws: `.notFound` when there is no unit of this number, `.unsupported` when it is no disk, or has blocks that
-    ///   no disk has here; `.inputOutput`.
+    /// - Throws: `.notFound` when there is no unit of this number, `.unsupported` when it is no disk, or has blocks
+    ///   that no disk has here; `.inputOutput`.
     public init(of path: some SCSICommandPath) throws(BlockError) {
         try readInquiry(path)
         _ = try path.ask(.testUnitReady, count: 0)

@@ -181,9 +181,10 @@ public struct SCSISense: Sendable, Equatable, CustomStringConvertible {
 
     public var description: String {
         let text = Self.codes[UInt16(code) << 8 | UInt16(qualifier)].map { ", \($0)" } ?? ""
-        let number = String(UInt16(code) << 8 | UInt16(qualifier), radix: 16)
+        let digits = String(UInt16(code) << 8 | UInt16(qualifier), radix: 16)
+        let number = String(repeating: "0", count: 4 - digits.count) + digits
         return
-            "\(Self.keys[Int(key & 15)])\(text) (sense \(key)/\(String(repeating: "0", count: 4 - number.count))\(number))"
+            "\(Self.keys[Int(key & 15)])\(text) (sense \(key)/\(number))"
     }
 }
 

@@ -53,7 +53,9 @@ extension Inventory {
     public mutating func discover(_ facts: MachineFacts) {
         guard var proxy, proxy.discover == true else { return }
         proxy.luns = proxy.luns ?? facts.luns.flatMap(\.names)
-        proxy.isProtected = proxy.isProtected ?? facts.protection.map { $0.verdict == .ok }
+        // A warning says that it could not be found out.
+        let isProtected = facts.protection.flatMap { $0.verdict == .warning ? nil : $0.verdict == .ok }
+        proxy.isProtected = proxy.isProtected ?? isProtected
         proxy.libraries = proxy.libraries ?? facts.libraries
         self.proxy = proxy
     }

@@ -137,11 +137,13 @@ public struct MachineCheck: Codable, Sendable, Equatable {
     }
 
     private static func iSCSI(_ facts: MachineFacts) -> Finding {
+        if facts.hasLibiscsi {
+            return Finding("iscsi.initiator", .ok, "libiscsi can be loaded: iscsi: sources are taken for san")
+        }
         if facts.kernelSessions > 0 {
             return Finding(
                 "iscsi.initiator", .ok, "the kernel has \(facts.kernelSessions) iSCSI sessions: their LUNs are san")
         }
-        if let library = facts.libiscsi { return Finding("iscsi.initiator", .ok, "\(library) can be loaded") }
         return Finding(
             "iscsi.initiator", .excluded, "the kernel has no iSCSI session, and libiscsi cannot be loaded",
             remedy: "log in with open-iscsi, or install libiscsi (Debian: libiscsi7)")

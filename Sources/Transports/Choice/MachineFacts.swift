@@ -1,5 +1,6 @@
 // What this machine has for each transport: its LUNs, adapters, rights, libraries and kernel modules.
 public import Block
+import CISCSI
 import Glibc
 import LinuxIO
 import NBD
@@ -48,8 +49,8 @@ public struct MachineFacts: Sendable {
     public var mayOpenAll = false
     /// OpenSSL's version, or why it cannot be loaded.
     public var openSSL: Result<String, BlockError> = .failure(BlockError(.unsupported, "OpenSSL was not looked for"))
-    /// The name under which libiscsi was found.
-    public var libiscsi: String?
+    /// Whether libiscsi can be loaded.
+    public var hasLibiscsi = false
     /// iSCSI sessions that the kernel has.
     public var kernelSessions = 0
     /// Whether the kernel has an NBD client, and whether nbd-client is there to use it.
@@ -65,7 +66,7 @@ public struct MachineFacts: Sendable {
     public var libraries: [String] {
         var names: [String] = []
         if case .success = openSSL { names.append("openssl") }
-        if libiscsi != nil { names.append("libiscsi") }
+        if hasLibiscsi { names.append("libiscsi") }
         return names
     }
 
@@ -97,11 +98,7 @@ public struct MachineFacts: Sendable {
         facts.mayAdminister = rights & 1 << 21 != 0
         facts.mayOpenAll = rights & 1 << 1 != 0
         facts.openSSL = TLSLibrary.version()
-        facts.libiscsi = (7...12).map { "libiscsi.so.\($0)" }.first { name in
-            guard let library = dlopen(name, RTLD_LAZY | RTLD_LOCAL) else { return false }
-            dlclose(library)
-            return true
-        }
+        facts.hasLibiscsi = dg_iscsi_load() == nil
         facts.kernelSessions = ((try? namesInDirectory("\(sysfs)/class/iscsi_session")) ?? []).count
         facts.hasKernelNBD = hasModule("nbd", sysfs) || access("/dev/nbd0", F_OK) == 0
         facts.hasNBDClient = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].contains {

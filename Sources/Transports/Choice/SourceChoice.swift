@@ -2,6 +2,9 @@
 public import Block
 
 extension DiskSpecification {
+    /// All sources of the disk, in the order in which they were given.
+    public var sources: [SourceReference] { [source] + alternatives }
+
     /// A disk that was opened, and which of its sources it came from.
     public struct Chosen<Opened> {
         /// What was opened.
@@ -71,7 +74,7 @@ extension DiskSpecification {
     private func orderedSources() throws(BlockError) -> ([TransportCandidate], [SourceReference?]) {
         var wanted: [(rank: Int, place: Int, source: SourceReference)] = []
         var left: [TransportCandidate] = []
-        for (place, source) in ([source] + alternatives).enumerated() {
+        for (place, source) in sources.enumerated() {
             let candidate = TransportCandidate(source.transport, source: source.description)
             if let transports, let kind = source.transport, !transports.kinds.contains(kind) {
                 left.append(candidate.refused("order", "it is not among the transports asked for (\(transports))"))

@@ -184,7 +184,8 @@ extension ISCSIReference {
 
     /// Reads a password: the first line of a file that only its owner and group can read.
     ///
-    /// - Throws: `.denied` when everybody can read it, `.invalid` when it is empty or too long, or why it cannot be read.
+    /// - Throws: `.denied` when everybody can read it, `.invalid` when it is empty or too long, or why it cannot be
+    ///   read.
     static func password(_ path: String) throws(BlockError) -> String {
         let doing = "reading the password of an iscsi: source from \(path)"
         let status = try Descriptor.open(path, O_RDONLY | O_NONBLOCK).status()

@@ -171,8 +171,8 @@ final class ISCSIUnit: ByteSource, SCSICommandPath {
         if worker.hasLostChanges {
             throw BlockError(
                 .inputOutput,
-                "flushing \(unitName): the session was lost before what was written was stored; it may be gone, and has "
-                    + "to be written again")
+                "flushing \(unitName): the session was lost before what was written was stored; it may be gone, "
+                    + "and has to be written again")
         }
         worker.noteChanges(false)
         do throws(BlockError) {

@@ -8,9 +8,9 @@ import NBD
 
 /// Owns a session with a target, which libiscsi lets one thread use, and carries out commands for others.
 ///
-/// A command ends with what the unit answers, or with an error when its time is over: a target that says nothing is left
-/// after `timeoutSeconds`, one that is gone is tried again for `reconnectSeconds`. A unit that is another one when the
-/// target is back is never read from again.
+/// A command ends with what the unit answers, or with an error when its time is over: a target that says nothing is
+/// left after `timeoutSeconds`, one that is gone is tried again for `reconnectSeconds`. A unit that is another one when
+/// the target is back is never read from again.
 final class ISCSIWorker: @unchecked Sendable {
     // Sendable because `shared` is under its lock, and everything else is touched by the worker's thread only.
 
@@ -233,7 +233,7 @@ final class ISCSIWorker: @unchecked Sendable {
             status: UInt8(result.status), sense: result.status == 2 ? sense : nil, transferred: result.transferred)
         flying[ObjectIdentifier(request)] = nil
         if request.direction == DG_ISCSI_OUT && outcome.status != 0 {
-            // libiscsi may still hold data of it that is not sent yet: nobody may touch that before the session is gone.
+            // libiscsi may still hold data of it that is not sent: nobody may touch that before the session is gone.
             parting.append((request, outcome))
             loss = loss ?? BlockError(.inputOutput, "\(reference): the session ends with a write that failed")
         } else {

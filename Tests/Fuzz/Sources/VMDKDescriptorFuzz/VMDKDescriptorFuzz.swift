@@ -2,6 +2,7 @@
 import Block
 import Formats
 import FuzzSupport
+import LinuxIO
 
 @main
 struct VMDKDescriptorFuzz {
