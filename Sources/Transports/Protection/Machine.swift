@@ -1,4 +1,4 @@
-// Where the settings of other programs are, and those programs: this machine's, or those of a tree that a test has made.
+// Where the settings of other programs are, and those programs: this machine's, or those of a tree for tests.
 import Block
 import Glibc
 import LinuxIO
