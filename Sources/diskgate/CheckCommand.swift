@@ -62,7 +62,8 @@ struct CheckCommand: ParsableCommand {
             try open(source, of: machine, in: site, sessions)
         }
         if tries { try giveBackOnSignals() }
-        let plan = try TransportPlan.current(rules, order: order, sessions: sessions)
+        var plan = try TransportPlan.current(rules, order: order, sessions: sessions)
+        plan.takesClearText = transports != nil
         let plans = machines.map { machine in
             Plan(machine, plan.choices(for: machine, trying: tries ? attempt : nil), in: site)
         }

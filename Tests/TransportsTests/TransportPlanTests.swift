@@ -7,11 +7,12 @@ import Transports
 @Suite struct TransportPlanTests {
     private func choices(
         _ site: Inventory, _ order: String = "san:hotadd:nbdssl:nbd:file", sessions: [String: Int] = [:],
-        trying attempt: TransportPlan.Attempt? = nil
+        inClear: Bool = false, trying attempt: TransportPlan.Attempt? = nil
     ) throws -> [TransportChoice] {
         let rules = TransportRules(site, takesSnapshot: true) { _ in nil }
-        return TransportPlan(rules, order: try TransportOrder(order), sessions: sessions)
-            .choices(for: site.machine, trying: attempt)
+        var plan = TransportPlan(rules, order: try TransportOrder(order), sessions: sessions)
+        plan.takesClearText = inClear
+        return plan.choices(for: site.machine, trying: attempt)
     }
 
     /// Another disk of the machine.
@@ -112,9 +113,12 @@ import Transports
         // hotadd has no source: it is taken for what the rules say, unless nothing but a source will do.
         #expect(choice.chosen == .hotadd && choice.reasons == ["san: the cable is cut"])
         #expect(tried.withLock { $0 } == ["san:fast/web/web-flat.vmdk?snapshot=a"])
-        let network = try choices(named, "nbdssl:nbd") { (source, _) throws(BlockError) in
+        let onlyClear: TransportPlan.Attempt = { (source, _) throws(BlockError) in
             if source.transport != .nbd { throw BlockError(.inputOutput, "the cable is cut") }
-        }[0]
+        }
+        let safe = try choices(named, "nbdssl:nbd", trying: onlyClear)[0]
+        #expect(safe.chosen == nil && safe.candidates[1].findings.contains { $0.rule == "nbd.clear-text" })
+        let network = try choices(named, "nbdssl:nbd", inClear: true, trying: onlyClear)[0]
         #expect(network.chosen == .nbd && network.position == 2)
         #expect(network.candidates[1].findings.contains { $0.rule == "nbd.tried" && $0.verdict == .ok })
         // What is excluded is not tried.

@@ -12,6 +12,9 @@ public struct TransportPlan: Sendable {
     public let order: TransportOrder
     /// Sessions that there are already, by the keys of `SessionLimit`.
     public let sessions: [String: Int]
+    /// Whether a source over a network without TLS may be tried after one with TLS that failed: only where the user has
+    /// written the order.
+    public var takesClearText = false
 
     /// A plan.
     public init(_ rules: TransportRules, order: TransportOrder = .standard, sessions: [String: Int] = [:]) {
@@ -68,10 +71,11 @@ public struct TransportPlan: Sendable {
                 rule, .warning, "it was not tried: the inventory has no source for it",
                 remedy: "name one in the disk's sources")
         }
-        if let failed, (try? SourceReference(text))?.crossesNetworkInClear == true {
+        if let failed, !takesClearText, (try? SourceReference(text))?.crossesNetworkInClear == true {
             return Finding(
                 "nbd.clear-text", .excluded,
-                "not tried: \(failed) could not be reached with TLS, and whoever is between may have seen to that")
+                "not tried: \(failed) could not be reached with TLS, and whoever is between may have seen to that",
+                remedy: "--transports with nbd in its order takes clear text all the same")
         }
         do throws(BlockError) { try attempt(try SourceReference(text), machine) } catch {
             return Finding(rule, .excluded, error.message)
