@@ -146,7 +146,7 @@ import Testing
         let refused = try Tool.diskgate.run(["copy", raw, image, "--resume"] + format)
         #expect(refused.status == 1 && leavesNothing(), "\(refused)")
         // The source fails when a good part of the image is written.
-        try serving(["--fault", "read-error@30M-31M", raw], in: folder) { (gateway) throws in
+        try serving(["--fault", "read-error@24M-36M", raw], in: folder) { (gateway) throws in
             let failed = try Tool.diskgate.run(["copy", gateway.uri(), image] + format)
             #expect(failed.status == 1 && leavesNothing(), "\(failed)")
             // Nor does it harm the image that it was to replace.
