@@ -112,12 +112,17 @@ import Testing
         try run("qemu-img", "compare", "-f", "vmdk", "-F", "raw", image, raw)
         #expect(try run("vmdkinfo", image).text.contains("Stream optimized"))
         #expect(access("\(image).partial", F_OK) != 0)
-        // There is no second one by mistake, and the same disk gives the same bytes.
+        // There is no second one by mistake, and the same disk gives the same bytes but for its content id.
         let again = try attempt("diskgate", "copy", raw, image, "--to-format", "stream-optimized-vmdk")
         #expect(again.status == 1 && again.errors.contains("--force"))
-        let first = try checksum(image)
-        try run("diskgate", "copy", raw, image, with: ["--to-format", "stream-optimized-vmdk", "--force"])
-        #expect(try checksum(image) == first)
+        let first = folder.file("first.vmdk")
+        try run("mv", image, first)
+        let other = try folder.filled("disk.vmdk", size: 4096)
+        try run("diskgate", "copy", raw, other, with: ["--to-format", "stream-optimized-vmdk", "--force"])
+        let compare = "cmp -l '\(first)' '\(image)' | awk '{ print $1 }'"
+        let places = try run("sh", "-c", compare).lines.compactMap { Int($0) }
+        let reach = (places.max() ?? 0) - (places.min() ?? 0)
+        #expect(!places.isEmpty && reach < 8 && places.allSatisfy { (513...1024).contains($0) }, "\(places)")
     }
 
     @Test func `a copy of a server as stream-optimised VMDK goes to a pipe`() throws {
@@ -134,14 +139,22 @@ import Testing
 
     @Test func `a copy that fails leaves no image`() throws {
         let folder = try Folder()
-        let raw = try folder.image("disk.raw", size: 4 << 20)
+        let raw = try folder.image("disk.raw", size: Self.size)
         let image = folder.file("disk.vmdk")
-        for arguments in [
-            ["--to-format", "stream-optimized-vmdk", "--resume"], ["--to-format", "stream-optimized-vmdk"],
-        ] {
-            if !arguments.contains("--resume") { mkdir("\(image).partial", 0o700) }
-            let outcome = try Tool.diskgate.run(["copy", raw, image] + arguments)
-            #expect(outcome.status == 1 && access(image, F_OK) != 0, "\(outcome)")
+        let leavesNothing = { access(image, F_OK) != 0 && access("\(image).partial", F_OK) != 0 }
+        let format = ["--to-format", "stream-optimized-vmdk"]
+        let refused = try Tool.diskgate.run(["copy", raw, image, "--resume"] + format)
+        #expect(refused.status == 1 && leavesNothing(), "\(refused)")
+        // The source fails when a good part of the image is written.
+        try serving(["--fault", "read-error@24M-36M", raw], in: folder) { (gateway) throws in
+            let failed = try Tool.diskgate.run(["copy", gateway.uri(), image] + format)
+            #expect(failed.status == 1 && leavesNothing(), "\(failed)")
+            // Nor does it harm the image that it was to replace.
+            let old = try folder.filled("disk.vmdk", size: 4096)
+            let sum = try checksum(old)
+            let again = try Tool.diskgate.run(["copy", gateway.uri(), image, "--force"] + format)
+            #expect(again.status == 1 && access("\(image).partial", F_OK) != 0, "\(again)")
+            #expect(try checksum(old) == sum)
         }
     }
 }

@@ -256,4 +256,74 @@ import Testing
         files.files["vm.vmdk"] = [UInt8](repeating: 1, count: 1000)
         try requireError(.invalid, "another file") { _ = try files.disk("vm-000002.vmdk") }
     }
+
+    // MARK: - While it is read
+
+    /// Changes a text in a file in place, as hosts do; the file keeps its length.
+    private func replace(_ old: String, by new: String, in name: String, _ scratch: Scratch) throws {
+        try require(old.utf8.count == new.utf8.count, "\(old) \(new)")
+        let text = String(decoding: try scratch.bytes(name), as: UTF8.self)
+        try require(text.contains(old), "\(name) has no \(old)")
+        let file = try #require(FileHandle(forWritingAtPath: scratch.file(name)))
+        try file.write(contentsOf: Data(text.replacingOccurrences(of: old, with: new).utf8))
+        try file.close()
+    }
+
+    @Test(
+        arguments: [
+            ("vm.vmdk", "CID=fffffffe", "CID=12ab34cd", "12ab34cd"),
+            ("vm-000001.vmdk", "\nCID=aaaa0002", "\nCID=aaaa0009", "aaaa0009"),
+            ("vm-000002.vmdk", "\nCID=aaaa0003", "\nCID=00000001", "00000001"),
+            ("vm-000002.vmdk", "parentCID=aaaa0002", "parentCID=aaaa0001", "aaaa0001"),
+            ("vm-000001.vmdk", "parentCID=fffffffe", "parentCID=ffffffff", "parent"),
+            ("vm-000001.vmdk", "Hint=\"vm.vmdk\"", "Hint=\"vn.vmdk\"", "vn.vmdk"),
+            ("vm.vmdk", "vm-flat.vmdk", "vn-flat.vmdk", "extents"), ("vm.vmdk", "CID=fffffffe", "CID=fffffffx", "none"),
+        ])
+    func descriptorThatChangesAfterItWasOpenedIsNoticed(name: String, old: String, new: String, part: String) throws {
+        let scratch = try Scratch()
+        try write(Self.cowChain(grainSectors: 8).files, to: scratch)
+        let device = try VMDKHostedTests.open(scratch, "vm-000002.vmdk")
+        try device.confirm()
+        try replace(old, by: new, in: name, scratch)
+        let error = #expect(throws: BlockError.self) { try device.confirm() }
+        #expect(error?.kind == .changed, "\(String(describing: error))")
+        for part in [name, part] { #expect(error?.message.contains(part) == true, "\(String(describing: error))") }
+        // What does not count may change.
+        try replace(new, by: old, in: name, scratch)
+        try replace("lsilogic", by: "buslogic", in: name, scratch)
+        try device.confirm()
+    }
+
+    @Test func parentThatIsWrittenWhileItIsReadIsNoticed() throws {
+        let scratch = try Scratch()
+        try scratch.qemuImg("create -q -f vmdk base.vmdk 8M")
+        try scratch.qemuIO("base.vmdk", ["write -P 1 0 64k"], format: "vmdk")
+        try scratch.qemuImg("create -q -f vmdk -b base.vmdk -F vmdk a.vmdk")
+        let devices = try ["a.vmdk", "base.vmdk"].map { try VMDKHostedTests.open(scratch, $0) }
+        for device in devices { try device.confirm() }
+        // In place: no byte of the map moves. Only the descriptor in the file tells.
+        try scratch.qemuIO("base.vmdk", ["write -P 2 0 64k"], format: "vmdk")
+        for device in devices { try requireError(.changed, device.info.name) { try device.confirm() } }
+    }
+
+    // MARK: - Memory
+
+    @Test func metadataOfAllFilesTogetherAreLimited() throws {
+        // Each of two deltas has a directory, 4 bytes for each table of 4096 grains of one sector.
+        let tables = UInt64(Self.sectors - 1) / 4096 + 1
+        let (files, model) = Self.cowChain(grainSectors: 1)
+        var options = VMDKOptions()
+        options.metadataBytesMax = 2 * 4 * tables
+        // A cache that is shared, and far too small.
+        options.cacheBytes = 1
+        try expectSame(try files.disk("vm-000002.vmdk", options), model.bytes)
+        options.metadataBytesMax -= 1
+        let error = #expect(throws: BlockError.self) { try files.disk("vm-000002.vmdk", options) }
+        #expect(error?.kind == .tooLarge && error?.message.contains("vm-000002.vmdk") == true)
+        #expect(try files.disk("vm-000001.vmdk", options).info.size == UInt64(Self.sectors) * 512)
+        // Compressed grains take more.
+        let stream = FilesInMemory(files: ["a.vmdk": try streamOptimized(patternBytes(200_000, seed: 8))])
+        options.metadataBytesMax = 4 << 20
+        try requireError(.tooLarge, "a decompressor") { _ = try stream.disk("a.vmdk", options) }
+    }
 }

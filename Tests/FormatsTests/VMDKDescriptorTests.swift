@@ -138,7 +138,9 @@ import Testing
     func extentsThatCannotBeAreRefused(line: String, kind: BlockError.Kind) throws {
         var files = FilesInMemory(files: ["a-flat.vmdk": flat, "s.vmdk": VMDKBytes.hosted(sectors: 8, [:])])
         files.files["a.vmdk"] = VMDKBytes.descriptor([line])
-        try requireError(kind, line) { _ = try files.disk("a.vmdk") }
+        var options = VMDKOptions()
+        options.allowsPhysicalMapping = true
+        try requireError(kind, line) { _ = try files.disk("a.vmdk", options) }
     }
 
     @Test func filesOutsideTheAllowedDirectoriesAreNotOpened() throws {
@@ -164,18 +166,25 @@ import Testing
 
     // MARK: - Raw device mappings
 
-    @Test(arguments: ["vmfsRawDeviceMap", "vmfsPassthroughRawDeviceMap"])
-    func rawDeviceMappingIsItsLUN(type: String) throws {
-        var files = FilesInMemory(files: [:], mapped: ["vm-rdm.vmdk": flat])
-        files.files["vm.vmdk"] = VMDKBytes.descriptor(["RW 40 VMFSRDM \"vm-rdm.vmdk\""], type: type)
+    @Test(
+        arguments: [
+            ("vmfsRawDeviceMap", "vm-rdm.vmdk", false), ("vmfsRDM", "vm-rdm.vmdk", false),
+            ("vmfsPassthroughRawDeviceMap", "vm-rdmp.vmdk", true), ("vmfsRDMP", "vm-rdmp.vmdk", true),
+            // What does not say that it is virtual, or contradicts itself, may be physical.
+            ("vmfsPassthroughRawDeviceMap", "vm-rdm.vmdk", true), ("vmfsRawDeviceMap", "vm-rdmp.vmdk", true),
+            ("vmfsRawDeviceMap", "vm.map", true), ("vmfs", "vm-rdmp.vmdk", true), ("custom", "vm-rdm.vmdk", true),
+        ])
+    func rawDeviceMappingIsItsLUN(type: String, mapping: String, mayBePhysical: Bool) throws {
+        var files = FilesInMemory(files: [:], mapped: [mapping: flat])
+        files.files["vm.vmdk"] = VMDKBytes.descriptor(["RW 40 VMFSRDM \"\(mapping)\""], type: type)
         var options = VMDKOptions()
-        if type.contains("Passthrough") {
+        if mayBePhysical {
             let error = #expect(throws: BlockError.self) { try files.disk("vm.vmdk") }
             #expect(error?.kind == .denied && error?.message.contains("physical=yes") == true)
             options.allowsPhysicalMapping = true
         }
         try expectSame(try files.disk("vm.vmdk", options), flat)
-        files.mapped["vm-rdm.vmdk"] = Array(flat.dropLast())
+        files.mapped[mapping] = Array(flat.dropLast())
         try requireError(.corrupt, "a smaller LUN") { _ = try files.disk("vm.vmdk", options) }
     }
 

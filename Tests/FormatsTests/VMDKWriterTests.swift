@@ -1,4 +1,4 @@
-// Stream-optimised VMDKs that diskgate writes: the same bytes each time, and a disk for every other reader.
+// Stream-optimised VMDKs that diskgate writes: the same bytes but for the content id, and a disk for other readers.
 import Block
 import Foundation
 import Support
@@ -7,9 +7,12 @@ import Testing
 @testable import Formats
 
 /// A disk as a stream-optimised VMDK, handed over in pieces.
-func streamOptimized(_ disk: [UInt8], pieces: Int = 100_000, name: String = "a.vmdk") throws -> [UInt8] {
+func streamOptimized(
+    _ disk: [UInt8], pieces: Int = 100_000, name: String = "a.vmdk", contentID: UInt32? = 0x1234_ABCD
+) throws -> [UInt8] {
     let file = Locked<[UInt8]>([])
-    let writer = try StreamOptimizedWriter(size: UInt64(disk.count), name: name) { (bytes) in
+    let size = UInt64(disk.count)
+    let writer = try StreamOptimizedWriter(size: size, name: name, contentID: contentID) { (bytes) in
         file.withLock { $0 += bytes }
     }
     for start in stride(from: 0, to: disk.count, by: pieces) {
@@ -37,14 +40,25 @@ func streamOptimized(_ disk: [UInt8], pieces: Int = 100_000, name: String = "a.v
         #expect(told.contains("Stream optimized") && told.contains("(\(padded.count) bytes)"), "\(told)")
     }
 
-    @Test func bytesFollowFromTheDiskAlone() throws {
+    @Test func everyDiskThatIsWrittenHasItsOwnContentID() throws {
+        let ids = try (0..<4).map { _ in
+            let image = try streamOptimized(patternBytes(1000, seed: 1), contentID: nil)
+            let disk = try #require(try FilesInMemory(files: ["a.vmdk": image]).disk("a.vmdk") as? VMDKDevice)
+            #expect(disk.parent == nil && disk.descriptor.contentID < VMDKDescriptor.untouched)
+            return disk.descriptor.contentID
+        }
+        #expect(Set(ids).count > 1 && !ids.contains(0), "\(ids)")
+    }
+
+    @Test func bytesFollowFromTheDiskNameAndContentID() throws {
         let disk = patternBytes(3 << 20, seed: 4) + [UInt8](repeating: 0, count: 40 << 20) + patternBytes(100, seed: 5)
         let once = try streamOptimized(disk)
         #expect(try streamOptimized(disk, pieces: 1 << 20) == once)
         #expect(try streamOptimized(disk, pieces: 77_777) == once)
         // Zeros that are named as such are the same as those that are found.
         let file = Locked<[UInt8]>([])
-        let writer = try StreamOptimizedWriter(size: UInt64(disk.count), name: "a.vmdk") { (bytes) in
+        let (size, id) = (UInt64(disk.count), UInt32(0x1234_ABCD))
+        let writer = try StreamOptimizedWriter(size: size, name: "a.vmdk", contentID: id) { (bytes) in
             file.withLock { $0 += bytes }
         }
         try disk[..<(3 << 20)].withUnsafeBytes { try writer.write($0, at: 0) }
@@ -54,6 +68,7 @@ func streamOptimized(_ disk: [UInt8], pieces: Int = 100_000, name: String = "a.v
         try writer.finish()
         #expect(file.withLock { $0 } == once)
         #expect(try streamOptimized(disk, name: "b.vmdk") != once)
+        #expect(try streamOptimized(disk, contentID: 1) != once)
     }
 
     @Test func zerosTakeNoRoom() throws {

@@ -80,6 +80,29 @@ private struct Datastore {
         }
     }
 
+    @Test func snapshotThatGoesIntoItsBaseInPlaceIsNoticed() throws {
+        try withTemporaryDirectory { directory in
+            let datastore = try Datastore(directory, luns: 1, isWhole: true)
+            let name = try label(datastore)
+            let disks = try ["thin-000001", "thin"].map { try datastore.source("\(name)/vm1/\($0).vmdk").open() }
+            for disk in disks { try disk.confirm() }
+            // No block moves, nothing is renamed: the host writes another content id over the one that was.
+            let script = """
+                import mmap, sys
+                with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 64 << 20) as image:
+                    at = image.find(b"\\nCID=fffffffe")
+                    while at >= 0:
+                        image[at + 5:at + 13] = b"12ab34cd"
+                        at = image.find(b"\\nCID=fffffffe", at)
+                """
+            _ = try Tool.output("python3", ["-c", script, datastore.luns[0]])
+            for disk in disks {
+                let error = #expect(throws: BlockError.self) { try disk.confirm() }
+                #expect(error?.kind == .changed && error?.message.contains("thin.vmdk") == true, "\(disk.info.name)")
+            }
+        }
+    }
+
     @Test func somebodyHasToSayWhatKeepsTheDiskStill() throws {
         try withTemporaryDirectory { directory in
             let datastore = try Datastore(directory, luns: 1)

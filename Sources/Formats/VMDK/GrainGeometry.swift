@@ -50,7 +50,7 @@ struct GrainGeometry: BitwiseCopyable {
     }
 
     /// Entries that are kept in memory together.
-    private static let sliceEntriesMax: UInt64 = 512
+    static let sliceEntriesMax: UInt64 = 512
 
     let entries: Entries
     /// log2 of the bytes of a grain.

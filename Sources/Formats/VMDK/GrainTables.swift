@@ -15,7 +15,9 @@ final class GrainTables: @unchecked Sendable {
     let size: UInt64
     /// Of each table: its sector, or, of seSparse, its number + 1; 0 where there is none.
     private let directory: UnsafeMutablePointer<UInt32>
+    /// Shared with the other files of the chain.
     private let cache: SliceCache
+    private let firstSlice: UInt64
 
     /// A directory entry that cannot be followed.
     private static let badEntry = UInt32.max
@@ -23,8 +25,11 @@ final class GrainTables: @unchecked Sendable {
     /// Reads the directory.
     ///
     /// - Parameter size: bytes of the extent, at most the layout's capacity.
-    /// - Throws: what reading throws.
-    init(_ lower: any BlockDevice, _ layout: SparseLayout, size: UInt64, cacheBytes: Int) throws(BlockError) {
+    /// - Throws: `.tooLarge` when there is no memory left for it, or what reading throws.
+    init(_ lower: any BlockDevice, _ layout: SparseLayout, size: UInt64, _ memory: inout VMDKMemory) throws(BlockError)
+    {
+        let share = try memory.take(for: layout)
+        (cache, firstSlice) = (share.cache, share.firstSlice)
         self.lower = lower
         self.layout = layout
         self.size = size
@@ -34,9 +39,6 @@ final class GrainTables: @unchecked Sendable {
         let count = layout.directoryCount
         directory = .allocate(capacity: count)
         directory.initialize(repeating: 0, count: count)
-        cache = SliceCache(
-            sliceWords: Int(geometry.sliceEntries),
-            sliceCount: UInt64(count) << (geometry.tableShift - geometry.sliceShift), bytes: cacheBytes)
         try readDirectory(count)
     }
 
@@ -80,7 +82,7 @@ final class GrainTables: @unchecked Sendable {
     @inline(__always)
     func run(at position: UInt64, limit: UInt64, _ patience: Patience) throws(BlockError) -> GrainRun? {
         let geometry = geometry
-        let cached = cache.withSlice(position >> geometry.sliceShift) { words in
+        let cached = cache.withSlice(firstSlice &+ (position >> geometry.sliceShift)) { words in
             geometry.run(words, at: position, limit: limit)
         }
         guard let run = cached else { return try uncachedRun(at: position, limit: limit, patience) }
@@ -124,8 +126,9 @@ final class GrainTables: @unchecked Sendable {
     private func insert(_ bytes: UnsafeRawBufferPointer, _ slice: UInt64, at position: UInt64, limit: UInt64)
         -> GrainRun
     {
-        withUnsafeTemporaryAllocation(of: UInt64.self, capacity: Int(geometry.sliceEntries)) { words in
-            for index in 0..<words.count {
+        withUnsafeTemporaryAllocation(of: UInt64.self, capacity: cache.sliceWords) { words in
+            words.initialize(repeating: 0)
+            for index in 0..<Int(geometry.sliceEntries) {
                 words[index] =
                     geometry.entries == .seSparse
                     ? bytes.littleEndian(index * 8) : UInt64(bytes.littleEndian(index * 4, as: UInt32.self))
@@ -133,7 +136,7 @@ final class GrainTables: @unchecked Sendable {
             guard let base = words.baseAddress else {
                 return GrainRun(kind: .absent, host: 0, length: limit - position)
             }
-            cache.insert(slice, base)
+            cache.insert(firstSlice + slice, base)
             return geometry.run(base, at: position, limit: limit)
         }
     }

@@ -4,9 +4,18 @@ import Block
 
 /// One disk of a chain, opened but not yet a device.
 private struct OpenedLink {
-    var file: ResolvedFile
-    var descriptor: VMDKDescriptor
+    var source: VMDKDescriptorPlace
     var extents: [VMDKExtent]
+
+    var name: String { source.device.info.name }
+    var descriptor: VMDKDescriptor { source.descriptor }
+}
+
+/// What the links of a chain must not have twice, or too much of.
+private struct ChainLimits {
+    /// What the sparse files of the chain are so far: the same one twice would be nonsense.
+    var sparseFiles: Set<String> = []
+    var memory: VMDKMemory
 }
 
 /// Opens a VMDK with its extents and its parents.
@@ -15,11 +24,12 @@ private struct OpenedLink {
 ///   - top: the descriptor's file, or a sparse file with a descriptor in it.
 ///   - mayOpenSiblings: whether it may name other files.
 /// - Throws: `.invalid` when it is no VMDK, `.unsupported`, `.denied` for siblings that may not be opened,
-///   `.corrupt` also when a parent is not what it was, `.tooLarge` for a chain that is too long, what opening throws.
+///   `.corrupt` also when a parent is not what it was, `.tooLarge` for a chain that is too long or whose metadata take
+///   too much memory, what opening throws.
 func openVMDK(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: VMDKOptions) throws(BlockError) -> VMDKDevice {
     var links: [OpenedLink] = []
     var seen: Set<String> = []
-    var sparseFiles: Set<String> = []
+    var limits = ChainLimits(memory: VMDKMemory(for: top.device.info.name, options))
     var file = top
     while true {
         let name = file.device.info.name
@@ -33,7 +43,7 @@ func openVMDK(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: VMDKOptions
                     + "disks; consolidate the snapshots")
         }
         let opener = VMDKLinkOpener(file: file, mayOpenSiblings: mayOpenSiblings, options: options)
-        let link = try opener.open(&sparseFiles)
+        let link = try opener.open(&limits)
         if let child = links.last { try checkParent(of: child, link) }
         links.append(link)
         guard link.descriptor.parentContentID != nil, let parent = link.descriptor.parentName else { break }
@@ -41,7 +51,7 @@ func openVMDK(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: VMDKOptions
     }
     var device: VMDKDevice?
     for link in links.reversed() {
-        device = VMDKDevice(file: link.file.device.info, link.descriptor, link.extents, parent: device)
+        device = VMDKDevice(link.source, link.extents, parent: device)
     }
     guard let device else { throw VMDK.corrupt(top.device.info.name, "there is nothing in it") }
     return device
@@ -49,7 +59,7 @@ func openVMDK(_ top: ResolvedFile, mayOpenSiblings: Bool, _ options: VMDKOptions
 
 /// Refuses a parent that has been changed since its child was made: together they are no state that the disk ever had.
 private func checkParent(of child: OpenedLink, _ parent: OpenedLink) throws(BlockError) {
-    let names = (child: child.file.device.info.name, parent: parent.file.device.info.name)
+    let names = (child: child.name, parent: parent.name)
     let wanted = child.descriptor.parentContentID ?? VMDKDescriptor.noParent
     if !parent.descriptor.contentIDs.contains(wanted) {
         throw BlockError(
@@ -77,19 +87,14 @@ private struct VMDKLinkOpener {
     private var name: String { file.device.info.name }
 
     /// Opens it.
-    ///
-    /// - Parameter sparseFiles: what the sparse files of the chain are so far; the same one twice would be nonsense,
-    ///   and could be made to take any amount of memory.
-    func open(_ sparseFiles: inout Set<String>) throws(BlockError) -> OpenedLink {
+    func open(_ limits: inout ChainLimits) throws(BlockError) -> OpenedLink {
         switch try VMDKFileKind.of(file.device) {
         case .descriptor:
-            let descriptor = try VMDKDescriptorParser.read(from: file.device, 0..<file.device.info.size)
-            return try openExtents(descriptor, &sparseFiles)
+            return try openExtents(try VMDKDescriptorPlace(file.device, 0..<file.device.info.size), &limits)
         case .hostedSparse:
             let layout = try HostedSparseHeader.read(from: file.device)
             guard let range = layout.descriptorRange, try !isEmpty(range) else { throw noDescriptor("one extent") }
-            let descriptor = try VMDKDescriptorParser.read(from: file.device, range)
-            return try openMonolith(descriptor, layout)
+            return try openMonolith(try VMDKDescriptorPlace(file.device, range), layout, &limits)
         case .cow, .seSparse: throw noDescriptor("the changes since a snapshot")
         }
     }
@@ -110,17 +115,19 @@ private struct VMDKLinkOpener {
     }
 
     /// A sparse file with its descriptor in it. It need not be called as the descriptor has it: files are renamed.
-    private func openMonolith(_ descriptor: VMDKDescriptor, _ layout: SparseLayout) throws(BlockError) -> OpenedLink {
+    private func openMonolith(
+        _ source: VMDKDescriptorPlace, _ layout: SparseLayout, _ limits: inout ChainLimits
+    ) throws(BlockError) -> OpenedLink {
+        let descriptor = source.descriptor
         guard descriptor.extents.count == 1, let extent = descriptor.extents.first, extent.kind == .sparse else {
             throw VMDK.unsupported(
                 name,
                 "its descriptor has \(descriptor.extents.count) extents, where one that is the file itself is known")
         }
-        let content = try sparse(file.device, layout, extent)
+        let content = try sparse(file.device, layout, extent, &limits.memory)
         let whole = 0..<(extent.sectors * VMDK.sectorBytes)
         try checkAlone(descriptor)
-        return OpenedLink(
-            file: file, descriptor: descriptor, extents: [VMDKExtent(whole, content, descriptorFile: file.device)])
+        return OpenedLink(source: source, extents: [VMDKExtent(whole, content, descriptorFile: file.device)])
     }
 
     /// Refuses to open other files on the word of bytes that a guest may have written.
@@ -136,23 +143,24 @@ private struct VMDKLinkOpener {
                 + "guest may have written what it looks like; add format=vmdk if it is one, format=raw if not")
     }
 
-    private func openExtents(_ descriptor: VMDKDescriptor, _ sparseFiles: inout Set<String>) throws(BlockError)
+    private func openExtents(_ source: VMDKDescriptorPlace, _ limits: inout ChainLimits) throws(BlockError)
         -> OpenedLink
     {
+        let descriptor = source.descriptor
         try checkAlone(descriptor)
         var extents: [VMDKExtent] = []
         var position: UInt64 = 0
         for extent in descriptor.extents {
             let end = position + extent.sectors * VMDK.sectorBytes
-            let content = try content(of: extent, descriptor, &sparseFiles)
+            let content = try content(of: extent, descriptor, &limits)
             extents.append(VMDKExtent(position..<end, content, descriptorFile: file.device))
             position = end
         }
-        return OpenedLink(file: file, descriptor: descriptor, extents: extents)
+        return OpenedLink(source: source, extents: extents)
     }
 
     private func content(
-        of extent: VMDKDescriptor.Extent, _ descriptor: VMDKDescriptor, _ sparseFiles: inout Set<String>
+        of extent: VMDKDescriptor.Extent, _ descriptor: VMDKDescriptor, _ limits: inout ChainLimits
     ) throws(BlockError) -> VMDKExtent.Content {
         if extent.access == .none { return .noAccess }
         if extent.kind == .zero { return .zeros }
@@ -161,16 +169,17 @@ private struct VMDKLinkOpener {
         case .zero: return .zeros
         case .flat, .vmfs, .vmfsRaw: return try flat(try sibling(extent.fileName, "extent").device, extent)
         case .vmfsMapping:
-            if descriptor.isPhysicalMapping && !options.allowsPhysicalMapping {
+            if descriptor.mayBePhysicalMapping && !options.allowsPhysicalMapping {
                 throw BlockError(
                     .denied,
-                    "opening \(name): it is a physical raw device mapping, which no snapshot of the machine covers; "
-                        + "where the machine is off or its content may be torn, add physical=yes")
+                    "opening \(name): it is a raw device mapping in physical mode, or does not say which, and no "
+                        + "snapshot of the machine covers its LUN then; where the machine is off or the content may "
+                        + "be torn, add physical=yes")
             }
             return try flat(try sibling(extent.fileName, "mapping file", isMapping: true).device, extent)
         case .sparse, .vmfsSparse, .seSparse:
             let sparseFile = try sibling(extent.fileName, "extent")
-            guard sparseFiles.insert(sparseFile.identity).inserted else {
+            guard limits.sparseFiles.insert(sparseFile.identity).inserted else {
                 throw VMDK.corrupt(name, "its extent \"\(extent.fileName)\" is one already")
             }
             let device = sparseFile.device
@@ -179,7 +188,7 @@ private struct VMDKLinkOpener {
             guard isSESparse == (extent.kind == .seSparse) else {
                 throw VMDK.corrupt(name, "its extent \"\(extent.fileName)\" is not of the kind \(extent.kind.rawValue)")
             }
-            return try sparse(device, layout, extent)
+            return try sparse(device, layout, extent, &limits.memory)
         }
     }
 
@@ -196,9 +205,9 @@ private struct VMDKLinkOpener {
         return .flat(device, offset: extent.offset * VMDK.sectorBytes)
     }
 
-    private func sparse(_ device: any BlockDevice, _ layout: SparseLayout, _ extent: VMDKDescriptor.Extent)
-        throws(BlockError) -> VMDKExtent.Content
-    {
+    private func sparse(
+        _ device: any BlockDevice, _ layout: SparseLayout, _ extent: VMDKDescriptor.Extent, _ memory: inout VMDKMemory
+    ) throws(BlockError) -> VMDKExtent.Content {
         // Headers may round up to whole grains.
         let grain = (layout.geometry.grainMask + 1) / VMDK.sectorBytes
         guard layout.capacity >= extent.sectors, layout.capacity - extent.sectors < grain else {
@@ -208,7 +217,7 @@ private struct VMDKLinkOpener {
                     + "has \(layout.capacity)")
         }
         let size = extent.sectors * VMDK.sectorBytes
-        return .sparse(try GrainTables(device, layout, size: size, cacheBytes: options.cacheBytes))
+        return .sparse(try GrainTables(device, layout, size: size, &memory))
     }
 
     /// Opens a file that the disk names.

@@ -71,10 +71,15 @@ public struct VMDKDescriptor: Sendable, Equatable {
     /// Sectors of the disk. Cannot overflow: reading the descriptor has checked it.
     public var sectors: UInt64 { extents.reduce(0) { $0 + $1.sectors } }
 
-    /// Whether a LUN is mapped as it is, SCSI commands and all.
-    var isPhysicalMapping: Bool {
-        let type = createType.lowercased()
-        return type == "vmfspassthroughrawdevicemap" || type == "vmfsrdmp"
+    /// Whether a raw device mapping may be one in physical mode, which no snapshot of a machine covers, by the name of
+    /// its mapping file. Hosts call that of a virtual one NAME-rdm.vmdk and that of a physical one NAME-rdmp.vmdk.
+    public static func mayBePhysicalMapping(named name: String) -> Bool { !name.hasSuffix("-rdm.vmdk") }
+
+    /// Whether the disk may be mapped in physical mode: its type and the names of its mapping files both have to say
+    /// that it is not.
+    var mayBePhysicalMapping: Bool {
+        if !["vmfsrawdevicemap", "vmfsrdm"].contains(createType.lowercased()) { return true }
+        return extents.contains { $0.kind == .vmfsMapping && Self.mayBePhysicalMapping(named: $0.fileName) }
     }
 
     /// The content ids that a child may know this disk by: its own, and, where that only says that nobody has written

@@ -18,6 +18,7 @@ public final class VMDKDevice: BlockDevice {
     public let parent: VMDKDevice?
     /// Disks in the chain, this one included.
     public let chainLength: Int
+    private let source: VMDKDescriptorPlace
     private let extents: [VMDKExtent]
     /// The same, in memory that is read without counting references.
     private let parts: VMDKParts
@@ -27,10 +28,12 @@ public final class VMDKDevice: BlockDevice {
     /// A disk whose files are open.
     ///
     /// - Parameters:
-    ///   - file: what the descriptor is in.
+    ///   - source: its descriptor, and what that is in.
     ///   - extents: at least one, each where the one before it ends.
     ///   - parent: of the same size.
-    init(file: DeviceInfo, _ descriptor: VMDKDescriptor, _ extents: [VMDKExtent], parent: VMDKDevice?) {
+    init(_ source: VMDKDescriptorPlace, _ extents: [VMDKExtent], parent: VMDKDevice?) {
+        let (file, descriptor) = (source.device.info, source.descriptor)
+        self.source = source
         self.descriptor = descriptor
         self.extents = extents
         self.parent = parent
@@ -185,9 +188,13 @@ public final class VMDKDevice: BlockDevice {
             .denied, "reading \(info.name) at \(range.lowerBound): its descriptor says that nobody may (NOACCESS)")
     }
 
-    /// Asks all files of the chain.
+    /// Asks all files of the chain, and compares the descriptors with what they were.
+    ///
+    /// - Throws: `.changed` also when a content id is another: then somebody has written to that disk, wherever its
+    ///   bytes are.
     public func confirm() throws(BlockError) {
-        for extent in extents { try extent.lower.confirm() }
+        for extent in extents where extent.lower !== source.device { try extent.lower.confirm() }
+        try source.confirm()
         try parent?.confirm()
     }
 

@@ -6,11 +6,13 @@ public struct VMDKOptions: Sendable {
     /// Whether a physical raw device mapping may be opened. No snapshot of a machine covers one: while the machine
     /// runs, what is read of it is of no one moment.
     public var allowsPhysicalMapping = false
-    /// Memory for grain tables in bytes, for each sparse file; 4 MiB map 32 GiB with grains of 64 KiB, 256 MiB with
-    /// grains of 512 bytes.
-    public var cacheBytes = 4 << 20
+    /// Memory for grain tables in bytes, for all sparse files of a chain together; 16 MiB map 128 GiB with grains of
+    /// 64 KiB, 1 GiB with grains of 512 bytes.
+    public var cacheBytes = 16 << 20
+    /// The most memory for the grain directories of a chain, in bytes, and for its compressed extents.
+    var metadataBytesMax: UInt64 = 256 << 20
 
-    /// No physical mappings, 4 MiB of tables.
+    /// No physical mappings, 16 MiB of tables.
     public init() {}
 }
 

@@ -117,8 +117,7 @@ extension SourceReference {
 
     /// Opens the LUN that a raw device mapping leads to.
     private func openMapped(_ id: VMFSDiskID, _ entry: VMFSEntry) throws(BlockError) -> any BlockDevice {
-        // Hosts call the mapping of a virtual one NAME-rdm.vmdk and of a physical one NAME-rdmp.vmdk.
-        if !entry.name.hasSuffix("-rdm.vmdk"), try !flag("physical") {
+        if VMDKDescriptor.mayBePhysicalMapping(named: entry.name), try !flag("physical") {
             throw BlockError(
                 .denied,
                 "opening \(self): it is a raw device mapping in physical mode, or does not say which: no snapshot of "

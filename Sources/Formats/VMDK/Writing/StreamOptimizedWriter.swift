@@ -3,7 +3,7 @@
 public import Block
 import Glibc
 
-/// Writes a stream-optimised VMDK. The bytes of the file follow from the disk's, its size and its name alone.
+/// Writes a stream-optimised VMDK. The bytes of the file follow from the disk's, its size, its name and its content id.
 ///
 /// The disk comes in order, without gaps; grains of zeros take no room. Calls come one at a time.
 public final class StreamOptimizedWriter: @unchecked Sendable {
@@ -25,6 +25,7 @@ public final class StreamOptimizedWriter: @unchecked Sendable {
     /// The disk's bytes so far.
     public private(set) var position: UInt64 = 0
     private let name: String
+    private let contentID: UInt32
     private let capacity: UInt64
     private let output: Output
     private let compressors: GrainCompressors
@@ -40,9 +41,11 @@ public final class StreamOptimizedWriter: @unchecked Sendable {
     /// - Parameters:
     ///   - size: the disk's size in bytes, at least 1, at most 256 TiB.
     ///   - name: what the file will be called, which is recorded in it; without its directory.
+    ///   - contentID: for the descriptor. By default a random one: it says that no other disk has the same content,
+    ///     and comes before the content is known.
     ///   - output: takes the file's bytes.
     /// - Throws: `.invalid`, `.tooLarge`, or what the output throws.
-    public init(size: UInt64, name: String, output: @escaping Output) throws(BlockError) {
+    public init(size: UInt64, name: String, contentID: UInt32? = nil, output: @escaping Output) throws(BlockError) {
         if size == 0 { throw BlockError(.invalid, "writing \(name): a VMDK has at least one sector") }
         let tableReach = UInt64(Self.grainBytes * Self.tableEntries)
         let tables = (size - 1) / tableReach + 1
@@ -51,6 +54,8 @@ public final class StreamOptimizedWriter: @unchecked Sendable {
         }
         self.size = size
         self.name = name
+        // None of those that mean something.
+        self.contentID = contentID ?? .random(in: 1..<VMDKDescriptor.untouched)
         self.output = output
         capacity = (size + VMDK.sectorBytes - 1) / VMDK.sectorBytes
         directory = [UInt32](repeating: 0, count: Int(tables))
@@ -278,12 +283,5 @@ public final class StreamOptimizedWriter: @unchecked Sendable {
     private var recordedName: String {
         let isPlain = name.utf8.count <= 255 && name.utf8.allSatisfy { $0 >= 0x20 && $0 != 0x22 && $0 != 0x7F }
         return isPlain && !name.isEmpty ? name : "disk.vmdk"
-    }
-
-    /// An id that follows from name and size (FNV-1a), and is none of those that mean something.
-    private var contentID: UInt32 {
-        var hash: UInt32 = 0x811C_9DC5
-        for byte in "\(recordedName) \(size)".utf8 { hash = (hash ^ UInt32(byte)) &* 0x0100_0193 }
-        return hash & 0x7FFF_FFFF | 1
     }
 }
