@@ -13,6 +13,14 @@ struct Machine: Sendable {
 
     func has(_ path: String) -> Bool { access(self.path(path), F_OK) == 0 }
 
+    /// Whether it is a container, by the marks that systemd-nspawn, LXC, Docker and Podman leave: the disks are the host's
+    /// then, and so is the udev that acts on them.
+    var isContainer: Bool {
+        if ["/run/systemd/container", "/.dockerenv", "/run/.containerenv"].contains(where: has) { return true }
+        let environment = (try? readSmallFile(path("/proc/1/environ"), limit: 1 << 20)) ?? []
+        return environment.split(separator: 0).contains { $0.starts(with: "container=".utf8) }
+    }
+
     /// Where a program is; nil where there is none.
     func program(_ name: String) -> String? {
         ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/local/bin"].map { "\($0)/\(name)" }
