@@ -12,7 +12,8 @@ struct SetupCommand: ParsableCommand {
         discussion: """
             Records which SCSI disks are this machine's own: the first time all that are in use, in fstab or crypttab, \
             or in a volume group with these, later only those that are named with --keep. The first time it refuses \
-            while other disks with something on them are here, until --keep or --not-mine names each. All others are kept out from then on: a udev rule, a filter for LVM, AUTO -all for \
+            while other disks with something on them are here, until --keep or --not-mine names each. All \
+            others are kept out from then on: a udev rule, a filter for LVM, AUTO -all for \
             mdadm and a blacklist for multipath, as far as these are here. hotadd: sources and attach refuse to work \
             without. Done again, it changes only what has to be changed. Files that somebody has changed are left \
             alone. Exit status 1 when something is missing.

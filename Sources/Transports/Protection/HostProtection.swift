@@ -8,9 +8,9 @@ public import LinuxIO
 /// The settings of a machine that keep its own programs from disks that come: default-deny, because nobody knows who a
 /// disk is before it appears.
 ///
-/// The udev rule does the work: disks that it keeps out are not read by udev, so LVM, mdadm, bcache and Btrfs never hear
-/// of them, and systemd, udisks and multipath are told to leave them alone. The settings of LVM, mdadm and multipath keep
-/// their commands away, too, whoever runs them.
+/// The udev rule does the work: disks that it keeps out are not read by udev, so LVM, mdadm, bcache and Btrfs never
+/// hear of them, and systemd, udisks and multipath are told to leave them alone. The settings of LVM, mdadm and
+/// multipath keep their commands away, too, whoever runs them.
 public struct HostProtection: Sendable {
     /// Where the record of the machine's own disks is.
     static let recordPath = "/etc/diskgate/own-disks.json"
@@ -113,8 +113,8 @@ public struct HostProtection: Sendable {
     /// - Returns: that, for people.
     static func warn(_ doing: String) -> String {
         let text =
-            "diskgate: warning: \(doing): nothing was done to keep this machine's LVM, mdadm, multipath and file systems "
-            + "from what lies on the disk (unprotected=yes): they may start it, and write to it\n"
+            "diskgate: warning: \(doing): nothing was done to keep this machine's LVM, mdadm, multipath and file "
+            + "systems from what lies on the disk (unprotected=yes): they may start it, and write to it\n"
         _ = text.withCString { write(STDERR_FILENO, $0, strlen($0)) }
         return "no: unprotected=yes was said"
     }

@@ -62,8 +62,8 @@ public struct ProtectionSetup {
         if !problems.isEmpty {
             throw BlockError(
                 .corrupt,
-                "telling which disks diskgate has added: \(problems.joined(separator: "; ")); diskgate doctor shows what "
-                    + "is left of it")
+                "telling which disks diskgate has added: \(problems.joined(separator: "; ")); diskgate doctor shows "
+                    + "what is left of it")
         }
         let leases = try HotAddLeases(stateDirectory: stateDirectory)
         questions.isHeld = { leases.holds($0) }
@@ -74,16 +74,16 @@ public struct ProtectionSetup {
 
     /// Records the machine's own disks and writes all settings.
     ///
-    /// The first time, every SCSI disk that is in use, in fstab or crypttab, or in a volume group of the machine's own is
-    /// recorded; from then on only those that are named.
+    /// The first time, every SCSI disk that is in use, in fstab or crypttab, or in a volume group of the machine's own
+    /// is recorded; from then on only those that are named.
     ///
     /// - Parameters:
     ///   - keep: disks to record as the machine's own.
     ///   - drop: recorded disks that are the machine's own no more.
     ///   - notMine: disks with something on them that nobody uses, and that are not the machine's own.
     ///   - updatesImages: whether to make the initramfs anew where it has not the rule as it is now.
-    /// - Throws: `.notFound` when there is no such disk, `.denied` for a disk to drop that is in use, or, the first time,
-    ///   while there are disks of which nobody can tell whose they are, or why the record could not be written. What
+    /// - Throws: `.notFound` when there is no such disk, `.denied` for a disk to drop that is in use, or, the first
+    ///   time, while there are disks of which nobody can tell whose they are, or why the record could not be written. What
     ///   goes wrong with one program is in the outcome.
     public func install(
         keep: [DiskSelector] = [], drop: [DiskSelector] = [], notMine: [DiskSelector] = [], updatesImages: Bool = false
@@ -197,8 +197,8 @@ public struct ProtectionSetup {
     ///   - force: takes it away although disks are here that are kept out.
     ///   - updatesImages: whether to make the initramfs anew.
     /// - Returns: what was removed, and what is left to do.
-    /// - Throws: `.denied` while disks are kept out, or a file was changed by somebody; or why one cannot be removed: the
-    ///   others are gone then.
+    /// - Throws: `.denied` while disks are kept out, or a file was changed by somebody; or why one cannot be removed:
+    ///   the others are gone then.
     public func remove(force: Bool = false, updatesImages: Bool = false) throws(BlockError) -> [String] {
         if !force { try refuseWhileDisksAreKeptOut() }
         var done: [String] = []

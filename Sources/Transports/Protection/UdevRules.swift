@@ -18,7 +18,7 @@ enum UdevRules {
     /// The rule for these disks of the proxy's own.
     static func text(_ own: [OwnDisk]) -> String {
         var lines = [
-            "# Keeps SCSI disks that come to this machine from udev, LVM, mdadm, multipath, bcache, udisks and systemd:",
+            "# Keeps SCSI disks that come to this machine from udev, LVM, mdadm, multipath, bcache, udisks, systemd:",
             "# all but the machine's own, which are listed here. Written by diskgate setup; diskgate setup --keep DISK",
             "# adds a disk, diskgate setup --remove takes all of it away.",
             "ACTION==\"remove\", GOTO=\"diskgate_end\"",
