@@ -83,8 +83,8 @@ public struct ProtectionSetup {
     ///   - notMine: disks with something on them that nobody uses, and that are not the machine's own.
     ///   - updatesImages: whether to make the initramfs anew where it has not the rule as it is now.
     /// - Throws: `.notFound` when there is no such disk, `.denied` for a disk to drop that is in use, or, the first
-    ///   time, while there are disks of which nobody can tell whose they are, or why the record could not be written. What
-    ///   goes wrong with one program is in the outcome.
+    ///   time, while there are disks of which nobody can tell whose they are, or why the record could not be written.
+    ///   What goes wrong with one program is in the outcome.
     public func install(
         keep: [DiskSelector] = [], drop: [DiskSelector] = [], notMine: [DiskSelector] = [], updatesImages: Bool = false
     ) throws(BlockError) -> SetupOutcome {
