@@ -10,8 +10,10 @@ struct SetupCommand: ParsableCommand {
         commandName: "setup",
         abstract: "Keep this machine's own udev, LVM, mdadm and multipath from disks that are hot-added to it.",
         discussion: """
-            Records which SCSI disks are this machine's own: the first time all that are in use, later only those that \
-            are named with --keep. All others are kept out from then on: a udev rule, a filter for LVM, AUTO -all for \
+            Records which SCSI disks are this machine's own: the first time all that are in use, in fstab or crypttab, \
+            or in a volume group with these, later only those that are named with --keep. The first time it refuses \
+            while other disks with something on them are here, until --keep or --not-mine names each. All \
+            others are kept out from then on: a udev rule, a filter for LVM, AUTO -all for \
             mdadm and a blacklist for multipath, as far as these are here. hotadd: sources and attach refuse to work \
             without. Done again, it changes only what has to be changed. Files that somebody has changed are left \
             alone. Exit status 1 when something is missing.
@@ -36,6 +38,18 @@ struct SetupCommand: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
+            "Keep this disk out, although something lies on it. Asked for the first time only. May be repeated.",
+            valueName: "disk"))
+    var notMine: [String] = []
+
+    @Flag(help: "With --remove: although disks are here that are kept out.")
+    var force = false
+
+    @Flag(help: "Make the initramfs anew where it has to be: it has a copy of the rule.")
+    var initramfs = false
+
+    @Option(
+        help: ArgumentHelp(
             "Read and write the settings of the tree below this directory, and run no program.",
             valueName: "directory"))
     var root = ""
@@ -44,24 +58,30 @@ struct SetupCommand: ParsableCommand {
     @OptionGroup var report: ReportArguments
 
     func validate() throws {
-        if check && remove || (check || remove) && !(keep + drop).isEmpty {
-            throw ValidationError("Give only one of --check, --remove, and --keep with --drop.")
+        if check && remove || (check || remove) && !(keep + drop + notMine).isEmpty {
+            throw ValidationError("Give only one of --check, --remove, and --keep with --drop and --not-mine.")
         }
+        if force && !remove { throw ValidationError("--force goes with --remove.") }
+        if check && initramfs { throw ValidationError("--check changes nothing: leave out --initramfs.") }
     }
 
     func run() throws {
-        let attached = try? HotAddTask(stateDirectory: state.directory).attachments()
-        let setup = ProtectionSetup(
-            HostProtection(root: root == "/" ? "" : root), added: Set((attached ?? []).map(\.serial)))
+        let setup = try ProtectionSetup(
+            HostProtection(root: root == "/" ? "" : root), stateDirectory: remove ? nil : state.directory)
         if remove {
-            let done = try setup.remove()
+            let done = try setup.remove(force: force, updatesImages: initramfs)
             if report.json { return try printJSON(["done": done]) }
             for line in done.isEmpty ? ["nothing to do"] : done { print(line) }
             return
         }
         let outcome =
-            check ? try setup.check() : try setup.install(keep: keep.map(selector), drop: drop.map(selector))
+            check
+            ? try setup.check()
+            : try setup.install(
+                keep: keep.map(selector), drop: drop.map(selector), notMine: notMine.map(selector),
+                updatesImages: initramfs)
         if report.json { try printJSON(outcome) } else { show(outcome) }
+        for warning in outcome.warnings { writeError("diskgate: warning: \(warning)") }
         for problem in outcome.problems { writeError("diskgate: \(problem)") }
         if !outcome.isInForce { throw ExitCode(1) }
     }

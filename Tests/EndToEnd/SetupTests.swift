@@ -14,7 +14,8 @@ import Testing
         #expect(try run("diskgate", "setup", "--check", "--json", "--root", root).text.contains("\"in force\""))
         let written = try run("cat", "\(root)/\(rule)").text
         #expect(written.contains("UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG"))
-        try run("diskgate", "setup", "--remove", "--root", root)
+        // Which SCSI disks the machine has that this runs on is of no account.
+        try run("diskgate", "setup", "--remove", "--force", "--root", root)
         #expect(try run("find", root, "-type", "f").text.isEmpty)
         #expect(try attempt("diskgate", "setup", "--check", "--root", root).status == 1)
     }
@@ -26,6 +27,18 @@ import Testing
         let again = try attempt("diskgate", "setup", "--root", folder.path)
         #expect(again.status == 1 && again.errors.contains("somebody has changed it"))
         #expect(try run("tail", "-1", "\(folder.path)/\(rule)").text == "# mine\n")
-        #expect(try attempt("diskgate", "setup", "--remove", "--root", folder.path).status == 1)
+        #expect(try attempt("diskgate", "setup", "--remove", "--force", "--root", folder.path).status == 1)
+    }
+
+    @Test func `a ledger that cannot be read is no ledger without disks`() throws {
+        let folder = try Folder()
+        let state = "\(folder.path)/state"
+        try run("mkdir", "-p", "\(state)/obligations", "\(folder.path)/root")
+        try run("sh", "-c", "echo nonsense >'\(state)/obligations/1.run'")
+        let words = ["setup", "--root", "\(folder.path)/root", "--state-directory", state]
+        let refused = try Tool.diskgate.run(words)
+        #expect(refused.status == 1 && refused.errors.contains("which disks diskgate has added"), "\(refused)")
+        #expect(try run("find", "\(folder.path)/root", "-type", "f").text.isEmpty)
+        #expect(try Tool.diskgate.run(words + ["--remove"]).status == 0)
     }
 }

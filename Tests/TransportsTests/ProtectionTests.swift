@@ -10,7 +10,7 @@ import Testing
 private let naa = "naa.6000c292bc97e9ff59ca010203040506"
 
 /// A machine in a directory: its settings in `etc`, `usr` and `run`, its disks in `sys`.
-private struct FakeMachine {
+struct FakeMachine {
     let directory: TemporaryDirectory
     let system: FakeSystem
     var root: String { directory.path }
@@ -47,12 +47,18 @@ private struct FakeMachine {
     var protection: HostProtection { HostProtection(root: root, sysfs: system.sysfs) }
 
     /// `setup` on a machine that has its disk sda in use.
-    func setup(using used: Set<String> = ["sda"], added: Set<String> = []) -> ProtectionSetup {
-        ProtectionSetup(protection, added: added) { disk, _ in used.contains(disk.name) ? "mounted at /" : nil }
+    func setup(using used: Set<String> = ["sda"], change: (inout DiskQuestions) -> Void = { _ in }) -> ProtectionSetup {
+        var questions = DiskQuestions.forTrees
+        questions.members = { _ in [] }
+        questions.use = { disk, _ in
+            used.contains(disk.name) ? DiskUse(kind: .system, reason: "mounted at /") : nil
+        }
+        change(&questions)
+        return ProtectionSetup(protection, questions)
     }
 }
 
-private func withMachine(_ body: (FakeMachine) throws -> Void) throws {
+func withMachine(_ body: (FakeMachine) throws -> Void) throws {
     try withTemporaryDirectory(in: placeInMemory) { try body(FakeMachine($0)) }
 }
 
@@ -84,8 +90,10 @@ private let record = "etc/diskgate/own-disks.json"
             let place = try #require(SCSIAddress("2:0:1:0"))
             let named = try machine.setup().install(keep: [.address(place)])
             #expect(named.ownDisks.count == 2 && named.keptOut.isEmpty && named.isInForce)
-            // Without a name it is known by its place on its adapter, whatever number the adapter has.
-            #expect(try machine.text(rule).contains("DEVPATH==\"*/0000:03:00.0/*/[0-9]*:0:1:0/block/*\", GOTO="))
+            // Without a name it is known by its place on its adapter, whatever number the adapter has; but the machine
+            // does not run from it: no disk with a name passes for it.
+            let pattern = "DEVPATH==\"*/0000:03:00.0/*/[0-9]*:0:1:0/block/*\", ENV{.DISKGATE_NAMED}!=\"1\", GOTO="
+            #expect(try machine.text(rule).contains(pattern))
             let dropped = try machine.setup().install(drop: [.address(place)])
             #expect(dropped.ownDisks.map(\.wwid) == [naa] && dropped.isInForce)
             try requireError(.denied, "dropping a disk in use") {
@@ -115,8 +123,8 @@ private let record = "etc/diskgate/own-disks.json"
 
     @Test func aDiskThatDiskgateHasAddedIsNobodysOwn() throws {
         try withMachine { machine in
-            try machine.system.write("block/sdb/device/serial", "dg0123")
-            let outcome = try machine.setup(using: ["sda", "sdb"], added: ["dg0123"]).install()
+            let setup = machine.setup(using: ["sda", "sdb"]) { $0.isHeld = { $0.name == "sdb" } }
+            let outcome = try setup.install()
             #expect(outcome.ownDisks.map(\.wwid) == [naa])
         }
     }

@@ -94,12 +94,14 @@ public struct HostProtection: Sendable {
         let missing = findings.filter { $0.state == .missing }
         if let first = missing.first {
             let names = missing.map { "\($0.part.rawValue): \($0.detail)" }.joined(separator: "; ")
+            var advice =
+                first.remedy.map { $0.contains("diskgate setup") } == true || missing.count > 1
+                ? "run diskgate setup once, as root" : "diskgate setup --check tells what to do"
+            if !udev.isActive && machine.isContainer { advice = "run diskgate on the host, after diskgate setup there" }
             throw BlockError(
                 .denied,
-                "\(doing): this machine's own programs may act on what lies on the disk (\(names)); "
-                    + (first.remedy.map { $0.contains("diskgate setup") } == true || missing.count > 1
-                        ? "run diskgate setup once, as root" : "diskgate setup --check tells what to do")
-                    + ", or say unprotected=yes in the source if you know that they do not")
+                "\(doing): this machine's own programs may act on what lies on the disk (\(names)); \(advice), or say "
+                    + "unprotected=yes in the source if you know that they do not")
         }
         reloadIfFresh()
         let kept = findings.filter { $0.state == .inForce }.map(\.part.rawValue)

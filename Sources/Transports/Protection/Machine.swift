@@ -1,4 +1,4 @@
-// Where the settings of other programs are, and those programs: this machine's, or those of a tree for tests.
+// Where the settings of other programs are, and those programs: this machine's, or those of a tree that a test made.
 import Block
 import Glibc
 import LinuxIO
@@ -12,6 +12,14 @@ struct Machine: Sendable {
     func path(_ path: String) -> String { "\(root)\(path)" }
 
     func has(_ path: String) -> Bool { access(self.path(path), F_OK) == 0 }
+
+    /// Whether it is a container, by the marks that systemd-nspawn, LXC, Docker and Podman leave: the disks are the
+    /// host's then, and so is the udev that acts on them.
+    var isContainer: Bool {
+        if ["/run/systemd/container", "/.dockerenv", "/run/.containerenv"].contains(where: has) { return true }
+        let environment = (try? readSmallFile(path("/proc/1/environ"), limit: 1 << 20)) ?? []
+        return environment.split(separator: 0).contains { $0.starts(with: "container=".utf8) }
+    }
 
     /// Where a program is; nil where there is none.
     func program(_ name: String) -> String? {

@@ -78,8 +78,8 @@ struct ManagedFile {
         case .changed:
             throw BlockError(
                 .denied,
-                "writing \(path): somebody has changed it since diskgate has written it, or another program has; "
-                    + "move it away, run this again, and put into a file of another name what is yours")
+                "writing \(path): somebody has changed it since diskgate has written it, or another program has; move "
+                    + "it away, run this again, and put into a file of another name what is yours")
         case .missing, .outdated:
             try makeDirectories(directoryName(path), mode: 0o755)
             try writeDurably(path, Array(wanted.utf8), mode: 0o644)

@@ -59,6 +59,6 @@ extension HostProtection {
         let names = missing.map { "\($0.part.rawValue): \($0.detail)" }.joined(separator: "; ")
         return Finding(
             rule, .excluded, "this machine's own programs may act on what lies on disks that come (\(names))",
-            remedy: "diskgate setup")
+            remedy: missing.first?.remedy ?? "diskgate setup")
     }
 }

@@ -14,6 +14,8 @@ public struct SetupOutcome: Sendable, Codable, Equatable {
     public var done: [String]
     /// What could not be done.
     public var problems: [String]
+    /// What is left to do, and nothing that keeps disks from being added.
+    public var warnings: [String]
     /// How it is with each program.
     public var findings: [ProtectionFinding]
 
@@ -36,37 +38,60 @@ public struct SetupOutcome: Sendable, Codable, Equatable {
 public struct ProtectionSetup {
     private let protection: HostProtection
     private let machine: Machine
-    private let inUse: (AttachedDisk, [AttachedDisk]) -> String?
-    private let added: Set<String>
+    private let questions: DiskQuestions
+    private let images: InitialImage
+
+    init(_ protection: HostProtection, _ questions: DiskQuestions) {
+        (self.protection, self.questions) = (protection, questions)
+        machine = protection.machine
+        images = InitialImage(machine: machine)
+    }
 
     /// - Parameters:
     ///   - protection: of which machine.
-    ///   - added: serial numbers of disks that diskgate has added, which are nobody's own.
-    ///   - inUse: what uses a disk, given all disks; nil where nothing does.
-    public init(
-        _ protection: HostProtection = HostProtection(), added: Set<String> = [],
-        inUse: @escaping (AttachedDisk, [AttachedDisk]) -> String? = ProtectionSetup.use
-    ) {
-        (self.protection, self.added, self.inUse) = (protection, added, inUse)
-        machine = protection.machine
+    ///   - stateDirectory: where obligations are kept: disks that diskgate has added or holds are nobody's own. Nil
+    ///     where that is of no account, because nothing is recorded.
+    /// - Throws: `.corrupt` when a ledger cannot be read: nobody can tell then which disks these are.
+    public init(_ protection: HostProtection, stateDirectory: String?) throws(BlockError) {
+        var questions = protection.machine.root.isEmpty ? DiskQuestions() : .forTrees
+        guard let stateDirectory else {
+            self.init(protection, questions)
+            return
+        }
+        let problems = try RunLedger.list(stateDirectory: stateDirectory).problems
+        if !problems.isEmpty {
+            throw BlockError(
+                .corrupt,
+                "telling which disks diskgate has added: \(problems.joined(separator: "; ")); diskgate doctor shows "
+                    + "what is left of it")
+        }
+        let leases = try HotAddLeases(stateDirectory: stateDirectory)
+        questions.isHeld = { leases.holds($0) }
+        self.init(protection, questions)
     }
 
     // MARK: - Installing
 
     /// Records the machine's own disks and writes all settings.
     ///
-    /// The first time, every SCSI disk that is in use is recorded; from then on only those that are named.
+    /// The first time, every SCSI disk that is in use, in fstab or crypttab, or in a volume group of the machine's own
+    /// is recorded; from then on only those that are named.
     ///
     /// - Parameters:
     ///   - keep: disks to record as the machine's own.
     ///   - drop: recorded disks that are the machine's own no more.
-    /// - Throws: `.notFound` when there is no such disk, `.denied` for a disk to drop that is in use, or why the record
-    ///   could not be written. What goes wrong with one program is in the outcome.
-    public func install(keep: [DiskSelector] = [], drop: [DiskSelector] = []) throws(BlockError) -> SetupOutcome {
+    ///   - notMine: disks with something on them that nobody uses, and that are not the machine's own.
+    ///   - updatesImages: whether to make the initramfs anew where it has not the rule as it is now.
+    /// - Throws: `.notFound` when there is no such disk, `.denied` for a disk to drop that is in use, or, the first
+    ///   time, while there are disks of which nobody can tell whose they are, or why the record could not be written.
+    ///   What goes wrong with one program is in the outcome.
+    public func install(
+        keep: [DiskSelector] = [], drop: [DiskSelector] = [], notMine: [DiskSelector] = [], updatesImages: Bool = false
+    ) throws(BlockError) -> SetupOutcome {
         var done: [String] = []
         var problems: [String] = []
         let before = try protection.ownDisks()
-        let own = try record(before, keep: keep, drop: drop)
+        let own = try record(before, keep: keep, drop: drop, notMine: notMine)
         func attempt(_ what: String, _ body: () throws(BlockError) -> Bool) {
             do throws(BlockError) { if try body() { done.append(what) } } catch { problems.append(error.message) }
         }
@@ -74,7 +99,11 @@ public struct ProtectionSetup {
             try protection.note(own)
             done.append("recorded \(own.count) of this machine's own disks in \(HostProtection.recordPath)")
         }
-        attempt("wrote \(UdevRules.path)") { () throws(BlockError) in try installRule(own) }
+        var isNewRule = false
+        attempt("wrote \(UdevRules.path)") { () throws(BlockError) in
+            isNewRule = try installRule(own)
+            return isNewRule
+        }
         let lvm = LVMSetting(machine: machine)
         let arrays = ArrayAssembly(machine: machine)
         let multipath = MultipathBlacklist(machine: machine)
@@ -85,76 +114,62 @@ public struct ProtectionSetup {
         if multipath.isNeeded {
             attempt("wrote \(multipath.file.path)") { () throws(BlockError) in try multipath.install() }
         }
-        return try outcome(own, done, problems)
+        var warnings: [String] = []
+        if isNewRule || images.warning() != nil {
+            bringImages(isWanted: updatesImages, &done, &problems, &warnings)
+        }
+        return try outcome(own, done, problems, warnings)
+    }
+
+    /// Makes the initramfs anew, or says how.
+    private func bringImages(
+        isWanted: Bool, _ done: inout [String], _ problems: inout [String], _ warnings: inout [String]
+    ) {
+        do throws(BlockError) {
+            if isWanted, let ran = try images.update() { return done.append(ran) }
+        } catch { problems.append(error.message) }
+        if let advice = images.advice { warnings.append(advice) }
     }
 
     /// How it is, with nothing changed.
     ///
     /// - Throws: `BlockError` when something cannot be read.
-    public func check() throws(BlockError) -> SetupOutcome { try outcome(try protection.ownDisks() ?? [], [], []) }
+    public func check() throws(BlockError) -> SetupOutcome {
+        let warning = images.warning().map { [$0] } ?? []
+        return try outcome(try protection.ownDisks() ?? [], [], [], warning)
+    }
 
-    private func outcome(_ own: [OwnDisk], _ done: [String], _ problems: [String]) throws(BlockError) -> SetupOutcome {
-        let disks = try protection.scsiDisks()
+    private func outcome(_ own: [OwnDisk], _ done: [String], _ problems: [String], _ warnings: [String])
+        throws(BlockError) -> SetupOutcome
+    {
         let all = try protection.inventory.disks()
-        let others = disks.filter { disk in !own.contains { $0.isSame(as: disk) } }
-        let keptOut = others.map { disk in
+        let keptOut = try others(than: own).map { disk in
             SetupOutcome.KeptOutDisk(
                 node: disk.node, wwid: disk.wwid, serial: disk.serial, hctl: disk.address.map { "\($0)" },
-                size: disk.size, use: isAdded(disk) ? nil : inUse(disk, all))
+                size: disk.size, use: questions.isHeld(disk) ? nil : questions.use(disk, all)?.reason)
         }
-        let findings = try protection.findings()
-        return SetupOutcome(ownDisks: own, keptOut: keptOut, done: done, problems: problems, findings: findings)
+        return SetupOutcome(
+            ownDisks: own, keptOut: keptOut, done: done, problems: problems, warnings: warnings,
+            findings: try protection.findings())
     }
 
-    private func isAdded(_ disk: AttachedDisk) -> Bool { disk.serial.map { added.contains($0) } ?? false }
+    /// The SCSI disks that are here and are not the machine's own.
+    private func others(than own: [OwnDisk]) throws(BlockError) -> [AttachedDisk] {
+        try protection.scsiDisks().filter { disk in !own.contains { $0.isSame(as: disk) } }
+    }
 
     /// The machine's own disks, as they are to be recorded.
-    private func record(_ before: [OwnDisk]?, keep: [DiskSelector], drop: [DiskSelector]) throws(BlockError)
-        -> [OwnDisk]
-    {
-        let disks = try protection.scsiDisks()
-        let all = try protection.inventory.disks()
-        var own = before ?? []
-        func add(_ disk: AttachedDisk, _ reason: String) {
-            if own.contains(where: { $0.isSame(as: disk) }) { return }
-            if let disk = OwnDisk(disk, reason: reason) { own.append(disk) }
-        }
-        if before == nil {
-            for disk in disks where !isAdded(disk) { if let use = inUse(disk, all) { add(disk, use) } }
-        }
-        for selector in keep {
-            let meant = disks.filter { selector.matches($0) }
-            if meant.isEmpty {
-                throw BlockError(
-                    .notFound, "recording \(selector): there is no such SCSI disk (diskgate disks lists them)")
-            }
-            for disk in meant { add(disk, "named by \(selector)") }
-        }
-        for selector in drop {
-            let meant = disks.filter { selector.matches($0) }
-            if let disk = meant.first(where: { inUse($0, all) != nil }) {
-                throw BlockError(
-                    .denied,
-                    "dropping \(selector): \(disk.node) is in use (\(inUse(disk, all) ?? "")): release it first")
-            }
-            let count = own.count
-            own.removeAll { recorded in
-                meant.contains { recorded.isSame(as: $0) } || Self.means(selector, recorded)
-            }
-            if own.count == count {
-                throw BlockError(.notFound, "dropping \(selector): no such disk is recorded")
-            }
-        }
-        return own
-    }
-
-    /// Whether a recorded disk is meant, which may not be there any more.
-    private static func means(_ selector: DiskSelector, _ disk: OwnDisk) -> Bool {
-        switch selector {
-        case .serial(let serial): disk.serial == serial
-        case .name(let name): disk.wwid == name
-        case .address(let address): disk.hctl == "\(address)"
-        }
+    private func record(
+        _ before: [OwnDisk]?, keep: [DiskSelector], drop: [DiskSelector], notMine: [DiskSelector]
+    ) throws(BlockError) -> [OwnDisk] {
+        var record = OwnDiskRecord(
+            machine, try protection.scsiDisks(), try protection.inventory.disks(), questions, before ?? [])
+        let foreign = try record.foreign(notMine)
+        if before == nil { try record.begin(foreign: foreign) }
+        try record.keep(keep)
+        if before == nil { try record.refuseUndecided(foreign: foreign) }
+        try record.drop(drop)
+        return record.own
     }
 
     /// Writes the rule, and has udev look anew at the disks for which it changes something.
@@ -176,11 +191,16 @@ public struct ProtectionSetup {
 
     /// Takes away what `install` has written, and the record.
     ///
-    /// Disks that are there are not looked at anew: what lies on them would be started.
+    /// Disks that are there are not looked at anew, but what runs later would start what lies on them.
     ///
-    /// - Returns: what was removed.
-    /// - Throws: `BlockError` when a file was changed by somebody, or cannot be removed; the others are gone then.
-    public func remove() throws(BlockError) -> [String] {
+    /// - Parameters:
+    ///   - force: takes it away although disks are here that are kept out.
+    ///   - updatesImages: whether to make the initramfs anew.
+    /// - Returns: what was removed, and what is left to do.
+    /// - Throws: `.denied` while disks are kept out, or a file was changed by somebody; or why one cannot be removed:
+    ///   the others are gone then.
+    public func remove(force: Bool = false, updatesImages: Bool = false) throws(BlockError) -> [String] {
+        if !force { try refuseWhileDisksAreKeptOut() }
         var done: [String] = []
         var failure: BlockError?
         func attempt(_ what: String, _ body: () throws(BlockError) -> Bool) {
@@ -198,7 +218,11 @@ public struct ProtectionSetup {
             try LVMSetting(machine: machine).remove()
         }
         let rule = UdevSetting(machine, protection.udev, own: []).file
-        attempt("removed \(rule.path)") { () throws(BlockError) in try rule.remove() }
+        var isRuleGone = false
+        attempt("removed \(rule.path)") { () throws(BlockError) in
+            isRuleGone = try rule.remove()
+            return isRuleGone
+        }
         if protection.udev.isActive {
             attempt("") { () throws(BlockError) in
                 _ = try machine.say("udevadm", ["control", "--reload"])
@@ -207,22 +231,38 @@ public struct ProtectionSetup {
         }
         if let failure { throw failure }
         if unlink(record) == 0 { done.append("removed \(record)") }
+        if isRuleGone {
+            var (problems, warnings): ([String], [String]) = ([], [])
+            bringImages(isWanted: updatesImages, &done, &problems, &warnings)
+            if let problem = problems.first { throw BlockError(.inputOutput, problem) }
+            done += warnings.map { "to do: \($0)" }
+        }
         return done
     }
 
-    // MARK: - Who uses a disk
+    /// Whether anything is there that `install` has written.
+    private func isSetUp() throws(BlockError) -> Bool {
+        let files = [
+            UdevSetting(machine, protection.udev, own: []).file, ArrayAssembly(machine: machine).file,
+            MultipathBlacklist(machine: machine).file,
+        ]
+        if files.contains(where: { access($0.path, F_OK) == 0 }) || machine.has(HostProtection.recordPath) {
+            return true
+        }
+        return ManagedText.block(in: try textIfThere(machine.path(LVMFilter.path)) ?? "") != nil
+    }
 
-    /// What uses a disk of this machine: where it is mounted, what lies over it, or that the kernel says so.
-    public static func use(_ disk: AttachedDisk, _ all: [AttachedDisk]) -> String? {
-        let report = DiskReport(disk, among: all, users: NodeUsers(), readsContent: false)
-        let mounts = report.uses.filter { $0.hasPrefix("/") }
-        if !mounts.isEmpty { return "mounted at \(mounts.joined(separator: ", "))" }
-        if let other = report.uses.first { return other }
-        if let map = report.multipath { return "a path of \(map)" }
-        if !report.holders.isEmpty { return "held by \(report.holders.joined(separator: ", "))" }
-        // File systems of several disks, and whatever else has no place in sysfs.
-        let number = open(disk.node, O_RDONLY | O_NONBLOCK | O_EXCL | O_CLOEXEC)
-        if number >= 0 { close(number) }
-        return number < 0 && errno == EBUSY ? "in use" : nil
+    private func refuseWhileDisksAreKeptOut() throws(BlockError) {
+        guard try isSetUp() else { return }
+        let others = try others(than: try protection.ownDisks() ?? [])
+        if others.isEmpty { return }
+        let names = others.map { disk in
+            "\(disk.node) (\(disk.wwid ?? disk.serial.map { "serial=\($0)" } ?? "without a name"))"
+        }
+        throw BlockError(
+            .denied,
+            "removing what keeps disks out: disks that are kept out are here, and this machine's programs would start "
+                + "what lies on them: \(names.joined(separator: ", ")); nothing was removed. Detach them first, or say "
+                + "--force")
     }
 }

@@ -27,7 +27,7 @@ enum UdevRules {
             "", "# For a machine that does not find its own disks: \(bootOption)=off on the kernel's command line.",
             "IMPORT{cmdline}=\"\(bootOption)\"",
             "ENV{\(bootOption)}==\"off\", GOTO=\"diskgate_end\"",
-            "", "# This machine's own disks, by name and by place.",
+            "", "# This machine's own disks, by name, and by place where it tells them.",
             "ATTRS{wwid}==\"?*\", ENV{.DISKGATE_NAMED}=\"1\"",
         ]
         for disk in own { lines += matches(disk) }
@@ -52,13 +52,15 @@ enum UdevRules {
     /// The lines that let one disk pass.
     private static func matches(_ disk: OwnDisk) -> [String] {
         let named = disk.wwid.map { ["ATTRS{wwid}==\"\(pattern($0))\", GOTO=\"diskgate_own\""] } ?? []
+        if case .none = disk.place { return named }
         guard let place = SCSIAddress(disk.hctl) else { return named }
         let unit = "\(place.channel):\(place.target):\(place.unit)"
         // The adapter's number is the order in which the kernel met adapters; its place on the bus stays.
         let path =
             disk.bus.map { "*/\(pattern($0))/*/\("[0-9]*"):\(unit)/block/*" } ?? "*/\(place.host):\(unit)/block/*"
         // Where places change hands, a disk of another name is another disk.
-        let nameless = disk.isKnownByPlace ? "" : ", ENV{.DISKGATE_NAMED}!=\"1\""
+        var nameless = ", ENV{.DISKGATE_NAMED}!=\"1\""
+        if case .whatever = disk.place { nameless = "" }
         return named + ["DEVPATH==\"\(path)\"\(nameless), GOTO=\"diskgate_own\""]
     }
 

@@ -29,6 +29,12 @@ struct UdevSetting {
     ///
     /// - Parameter disks: the SCSI disks that are there.
     func finding(_ disks: [AttachedDisk]) throws(BlockError) -> ProtectionFinding {
+        if !database.isActive && machine.isContainer {
+            return ProtectionFinding(
+                .udev, .missing, "this is a container, and the host's udev cannot be seen from here",
+                remedy: "run diskgate on the host; where the host's programs are known to keep away, "
+                    + "say unprotected=yes in the source")
+        }
         guard database.isActive || !machine.root.isEmpty else {
             return ProtectionFinding(.udev, .notNeeded, "no udev is at work here")
         }
