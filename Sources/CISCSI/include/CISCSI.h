@@ -17,7 +17,7 @@ typedef struct {
     const char *target;           // iSCSI name of the target
     const char *user;             // for CHAP, NULL for none
     const char *password;
-    const char *target_user;      // what the target has to prove in turn, NULL for nothing
+    const char *target_user;      // what the target is asked to prove in turn, NULL for nothing
     const char *target_password;
     uint32_t session_id;  // of several of one initiator; a later session with the same takes an earlier one's place
     bool header_digest;  // offered; a target may decline either

@@ -11,7 +11,8 @@ public final class ISCSIDevice: BlockDevice {
 
     /// Reaches the unit that a reference names.
     ///
-    /// - Throws: `BlockError`: libiscsi is not there, the target cannot be reached, lets nobody in, or has no such unit.
+    /// - Throws: `BlockError`: libiscsi is not there, the target cannot be reached, lets nobody in, or has no such
+    ///   unit.
     public init(_ reference: ISCSIReference) throws(BlockError) {
         unit = try ISCSIUnit(reference)
         let facts = unit.facts

@@ -18,8 +18,8 @@ public struct ISCSIReference: Sendable, Equatable, CustomStringConvertible {
     /// The name to prove who we are with, and where the password is (CHAP); nil without.
     public var user: String?
     public var passwordFile: String?
-    /// The name that the target is asked to prove in turn, and where its password is; nil without. libiscsi also goes on
-    /// with a target that does not prove it.
+    /// The name that the target is asked to prove in turn, and where its password is; nil without. libiscsi also
+    /// goes on with a target that does not prove it.
     public var targetUser: String?
     public var targetPasswordFile: String?
     /// The iSCSI name of this machine; nil for that of the configuration.
