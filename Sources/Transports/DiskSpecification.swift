@@ -159,7 +159,8 @@ extension SourceReference {
                 throw BlockError(
                     .readOnly,
                     "opening \(reference) for writing: iscsi: sources are read-only; log in with the kernel's "
-                        + "initiator (iscsiadm) and give its node, or keep what is written in scratch space (--overlay)")
+                        + "initiator (iscsiadm) and give its node, or keep what is written in scratch space "
+                        + "(--overlay)")
             }
             let file = ResolvedFile(device: try ISCSIDevice(reference), identity: "\(reference)", resolver: nil)
             return try openDisk(file, try formatHint() ?? .guess(name: reference.target, isNodeOrRemote: true))
