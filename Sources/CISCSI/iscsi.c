@@ -11,7 +11,7 @@
 struct iscsi_context;
 typedef void iscsi_command_cb(struct iscsi_context *, int status, void *command_data, void *private_data);
 
-// The beginning of libiscsi's structure; what follows differs between its versions, and is not touched here.
+// The beginning of libiscsi's structure; what follows is not touched here.
 struct scsi_task {
     int status, cdb_size, xfer_dir, expxferlen;
     unsigned char cdb[16];
@@ -20,10 +20,17 @@ struct scsi_task {
     struct {
         unsigned char error_type;
         int key, ascq;
+        unsigned char flags, bit;
+        uint16_t field;
     } sense;
+    // What came, one piece behind the other, of tasks without buffers of their own.
+    struct {
+        int size;
+        unsigned char *data;
+    } datain;
 };
 
-enum { SESSION_NORMAL = 2, XFER_NONE = 0, XFER_READ = 1, XFER_WRITE = 2, RESIDUAL_UNDERFLOW = 1 };
+enum { SESSION_NORMAL = 2, XFER_NONE = 0, XFER_READ = 1, RESIDUAL_UNDERFLOW = 1 };
 enum { DIGEST_NONE_OR_CRC32C = 1, DIGEST_CRC32C = 3 };
 enum { STATUS_CHECK_CONDITION = 2 };
 
@@ -48,9 +55,7 @@ enum { STATUS_CHECK_CONDITION = 2 };
     USE(int, iscsi_scsi_command_async,                                                                                 \
         (struct iscsi_context *, int, struct scsi_task *, iscsi_command_cb *, void *, void *))                         \
     USE(struct scsi_task *, scsi_create_task, (int, unsigned char *, int, int))                                        \
-    USE(void, scsi_free_scsi_task, (struct scsi_task *))                                                               \
-    USE(int, scsi_task_add_data_in_buffer, (struct scsi_task *, int, unsigned char *))                                 \
-    USE(int, scsi_task_add_data_out_buffer, (struct scsi_task *, int, unsigned char *))
+    USE(void, scsi_free_scsi_task, (struct scsi_task *))
 
 #define DECLARE(result, name, parameters) static result(*name) parameters;
 FUNCTIONS(DECLARE)
@@ -88,6 +93,7 @@ struct command {
     struct scsi_task *task;
     dg_iscsi_done *done;
     void *request;
+    void *data;
     size_t size;
 };
 
@@ -173,12 +179,18 @@ static void command_done(struct iscsi_context *context, int status, void *data, 
     (void)data;
     struct command *command = private_data;
     const struct scsi_task *task = command->task;
-    dg_iscsi_result result = {.status = status, .transferred = command->size};
-    if (status == 0 && task->residual_status == RESIDUAL_UNDERFLOW) {
-        result.transferred -= task->residual < command->size ? task->residual : command->size;
+    dg_iscsi_result result = {.status = status};
+    if (status == 0 && task->datain.data && task->datain.size > 0) {
+        // What counts is what came. It may still say that less of it is meant.
+        size_t count = result.transferred = (size_t)task->datain.size;
+        if (count > command->size) count = command->size;
+        if (count) memcpy(command->data, task->datain.data, count);
+        if (task->residual_status == RESIDUAL_UNDERFLOW) {
+            size_t meant = command->size - (task->residual < command->size ? task->residual : command->size);
+            if (meant < result.transferred) result.transferred = meant;
+        }
     }
     if (status == STATUS_CHECK_CONDITION) {
-        result.transferred = 0;
         result.sense_key = (uint8_t)task->sense.key;
         result.additional_code = (uint8_t)(task->sense.ascq >> 8);
         result.additional_qualifier = (uint8_t)task->sense.ascq;
@@ -190,34 +202,30 @@ static void command_done(struct iscsi_context *context, int status, void *data, 
 }
 
 int dg_iscsi_submit(
-    dg_iscsi *session, int unit, const uint8_t *block, size_t block_size, dg_iscsi_direction direction, void *data,
-    size_t size, dg_iscsi_done *done, void *request) {
-    const int directions[] = {XFER_NONE, XFER_READ, XFER_WRITE};
+    dg_iscsi *session, int unit, const uint8_t *block, size_t block_size, void *data, size_t size,
+    dg_iscsi_done *done, void *request) {
     unsigned char copy[16] = {0};
     if (block_size > sizeof copy || size > INT32_MAX) return -1;
     memcpy(copy, block, block_size);
     struct command *command = calloc(1, sizeof *command);
     if (!command) return -1;
-    command->task = scsi_create_task((int)block_size, copy, directions[direction], (int)size);
+    command->task = scsi_create_task((int)block_size, copy, size ? XFER_READ : XFER_NONE, (int)size);
     if (!command->task) {
         free(command);
         return -1;
     }
     command->done = done;
     command->request = request;
+    command->data = data;
     command->size = size;
     command->next = session->commands;
     command->link = &session->commands;
     if (command->next) command->next->link = &command->next;
     session->commands = command;
-    int result = 0;
-    if (direction == DG_ISCSI_IN) result = scsi_task_add_data_in_buffer(command->task, (int)size, data);
-    if (direction == DG_ISCSI_OUT) result = scsi_task_add_data_out_buffer(command->task, (int)size, data);
-    if (result == 0) {
-        result = iscsi_scsi_command_async(session->context, unit, command->task, command_done, NULL, command);
-    }
-    if (result != 0) forget(command);
-    return result == 0 ? 0 : -1;
+    // Without a buffer of its own: into one, libiscsi does not count what comes.
+    if (iscsi_scsi_command_async(session->context, unit, command->task, command_done, NULL, command) == 0) return 0;
+    forget(command);
+    return -1;
 }
 
 int dg_iscsi_descriptor(dg_iscsi *session) { return iscsi_get_fd(session->context); }

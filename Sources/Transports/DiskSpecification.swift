@@ -155,8 +155,14 @@ extension SourceReference {
         case .san(let reference):
             return try openSAN(reference, writable: writable, imageDirectories: imageDirectories)
         case .iscsi(let reference):
-            let file = ResolvedFile(
-                device: try ISCSIDevice(reference, isWritable: writable), identity: "\(reference)", resolver: nil)
+            if writable {
+                throw BlockError(
+                    .readOnly,
+                    "opening \(reference) for writing: iscsi: sources are read-only; log in with the kernel's "
+                        + "initiator (iscsiadm) and give its node, or keep what is written in scratch space "
+                        + "(--overlay)")
+            }
+            let file = ResolvedFile(device: try ISCSIDevice(reference), identity: "\(reference)", resolver: nil)
             return try openDisk(file, try formatHint() ?? .guess(name: reference.target, isNodeOrRemote: true))
         case .hotAdd(let reference): return try openHotAdded(reference, writable: writable)
         case .nbd(let uri):

@@ -1,4 +1,4 @@
-// A logical unit of an iSCSI target served without the kernel's initiator: copied, written, and lost on the way.
+// A logical unit of an iSCSI target served without the kernel's initiator: copied, written over, and lost on the way.
 import Glibc
 import Testing
 
@@ -68,17 +68,23 @@ private final class Target {
         #expect(try checksum(target.image) == before)
     }
 
-    @Test func `a unit is written only when it was opened for that`() throws {
+    @Test func `what is written over a unit stays in scratch space`() throws {
         let target = try Self.target()
         let new = try target.folder.image("new", seed: 5)
         try serving([target.uri], in: target.folder) { gateway in
             let refused = try attempt("nbdcopy", new, gateway.uri())
             #expect(refused.status != 0)
         }
-        try serving(["--writable", target.uri], in: target.folder) { gateway in
+        let before = try checksum(target.image)
+        try serving(["--overlay", target.uri], in: target.folder) { gateway in
             try run("nbdcopy", "--flush", new, gateway.uri())
-            #expect(try isSame(target.image, new))
+            let copy = try target.folder.filled("copy")
+            try run("nbdcopy", gateway.uri(), copy)
+            #expect(try isSame(new, copy))
         }
+        #expect(try checksum(target.image) == before)
+        let writable = try attempt("diskgate", "serve", "--writable", target.uri, "--run", "true")
+        #expect(writable.status == 1 && writable.errors.contains("--overlay"), "\(writable)")
     }
 
     @Test func `a target that is killed ends in an error for its clients only, and is read on when it is back`() throws

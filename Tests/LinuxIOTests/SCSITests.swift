@@ -19,20 +19,25 @@ private final class FakeUnit: SCSICommandPath {
     /// The answer to GET LBA STATUS from a block on.
     let answer: @Sendable (UInt64) -> [UInt8]
     let refusals: [UInt8: SCSIOutcome]
+    /// What becomes of INQUIRY for the page of pages; nil for its answer.
+    let pages: Result<SCSIOutcome, BlockError>?
 
     init(
         blocks: UInt64 = 1 << 20, flags: UInt8 = 0xC0, page: UInt8 = 0xE4, refusals: [UInt8: SCSIOutcome] = [:],
+        pages: Result<SCSIOutcome, BlockError>? = nil,
         _ answer: @escaping @Sendable (UInt64) -> [UInt8] = { _ in [] }
     ) {
         self.blocks = blocks
         self.flags = flags
         self.page = page
         self.refusals = refusals
+        self.pages = pages
         self.answer = answer
     }
 
     func execute(_ command: SCSICommand, into buffer: UnsafeMutableRawBufferPointer) throws(BlockError) -> SCSIOutcome {
         if let refusal = refusals[command.block[0]] { return refusal }
+        if let pages, command.block[0...2] == [0x12, 1, 0] { return try pages.get() }
         var data: [UInt8] = []
         switch (command.block[0], command.block[1], command.block[2]) {
         case (0x12, 0, _):
@@ -82,13 +87,23 @@ private let reserved = UInt64(AllocationFlags.zero)
         let facts = try LogicalUnitFacts(of: FakeUnit())
         #expect(facts.vendor == "VENDOR" && facts.model == "MODEL" && facts.serial == "S1" && facts.names == [])
         #expect(facts.size == 512 << 20 && facts.physicalBlock == 4096 && facts.transferMax == 2048)
-        #expect(facts.provisioning.isThin && facts.provisioning.readsZeros && facts.provisioning.unmaps)
+        #expect(facts.provisioning.isThin && facts.provisioning.readsZeros && facts.hasIdentity)
         let small = SCSIOutcome(status: 2, sense: SCSISense(key: 5, code: 0x20, qualifier: 0), transferred: 0)
         let old = try LogicalUnitFacts(of: FakeUnit(refusals: [0x9E: small]))
         #expect(old.size == 1000 * 4096 && !old.provisioning.isThin)
         try requireError(.tooLarge, "2^64 blocks") { _ = try LogicalUnitFacts(of: FakeUnit(blocks: 0)) }
         let absent = SCSIOutcome(status: 2, sense: SCSISense(key: 5, code: 0x25, qualifier: 0), transferred: 0)
         try requireError(.notFound, "no unit") { _ = try LogicalUnitFacts(of: FakeUnit(refusals: [0: absent])) }
+    }
+
+    @Test func whatOnlyWentWrongIsNoUnitWithoutNames() throws {
+        let unknown = SCSIOutcome(status: 2, sense: SCSISense(key: 5, code: 0x24, qualifier: 0), transferred: 0)
+        let nameless = try LogicalUnitFacts(of: FakeUnit(pages: .success(unknown)))
+        #expect(nameless.serial == nil && !nameless.hasIdentity)
+        let broken = BlockError(.inputOutput, "the connection has ended")
+        try requireError(.inputOutput, "a connection that breaks") {
+            _ = try LogicalUnitFacts(of: FakeUnit(pages: .failure(broken)))
+        }
     }
 
     @Test func unitWhoseHolesAreNoZerosIsData() throws {

@@ -31,26 +31,18 @@ import Transports
         }
     }
 
-    @Test func targetThatFallsSilentEndsReadsAndWrites() throws {
+    @Test func targetThatFallsSilentEndsReads() throws {
         try withTemporaryDirectory { directory in
             let target = try ISCSITarget(directory)
             let path = try file(directory, "lun")
             try target.add(path)
             let reader = try target.open(1, "reconnect=1&timeout=1")
-            let writer = try target.open(1, writable: true, "reconnect=60&timeout=1")
-            let bytes = patternBytes(4096, seed: 5)
             try target.beingSilent {
                 try requireError(.inputOutput, "reading") { _ = try readBytes(reader, at: 0, count: 4 << 20) }
-                // Not repeated for as long as the session is: the target may still write it.
-                try requireError(.inputOutput, "writing") {
-                    try bytes.withUnsafeBytes { try writer.write($0, at: 0, durable: false) }
-                }
             }
             let content = try contentOfFile(path)
             try requireEqual(
                 try readBytes(reader, at: 1 << 20, count: 4096), Array(content[(1 << 20)...].prefix(4096)), "")
-            try requireEqual(
-                try readBytes(writer, at: 1 << 20, count: 4096), Array(content[(1 << 20)...].prefix(4096)), "")
         }
     }
 
@@ -100,21 +92,26 @@ import Transports
         }
     }
 
-    @Test func whatMayBeLostIsNotCalledStored() throws {
+    @Test(arguments: [ISCSIRelay.Fault.closes, .shortens])
+    func readThatTheTargetFailsAtEnds(fault: ISCSIRelay.Fault) throws {
         try withTemporaryDirectory { directory in
             let target = try ISCSITarget(directory)
             let path = try file(directory, "lun")
+            let content = try contentOfFile(path)
             try target.add(path)
-            let device = try target.open(1, writable: true, "reconnect=60&timeout=20")
-            let bytes = patternBytes(4096, seed: 77)
-            try bytes.withUnsafeBytes { try device.write($0, at: 512, durable: true) }
-            try device.flush()
-            try bytes.withUnsafeBytes { try device.write($0, at: 8192, durable: false) }
-            try target.kill()
-            try target.start()
-            try target.add(path)
-            try requireEqual(try readBytes(device, at: 512, count: 4096), bytes, "what was stored")
-            try requireError(.inputOutput, "the cache of a target that was killed") { try device.flush() }
+            let relay = try ISCSIRelay(to: target.port, spoiling: 2048, fault)
+            defer { relay.stop() }
+            let uri = target.uri(1, "reconnect=60&timeout=20").replacing(":\(target.port)/", with: ":\(relay.port)/")
+            let device = try SourceReference(uri).open()
+            for round in 1...2 {
+                try requireError(.inputOutput, "a read that fails") {
+                    _ = try readBytes(device, at: 1 << 20, count: 65536)
+                }
+                let spoiled = relay.spoiled.load(ordering: .relaxed)
+                #expect(spoiled == (fault == .closes ? 3 : 1) * round)
+                let other = try readBytes(device, at: 2 << 20, count: 65536)
+                try requireEqual(other, Array(content[(2 << 20)...].prefix(65536)), "beside it")
+            }
         }
     }
 }

@@ -17,10 +17,10 @@ typedef struct {
     const char *target;           // iSCSI name of the target
     const char *user;             // for CHAP, NULL for none
     const char *password;
-    const char *target_user;      // what the target has to prove in turn, NULL for nothing
+    const char *target_user;      // what the target is asked to prove in turn, NULL for nothing
     const char *target_password;
     uint32_t session_id;  // of several of one initiator; a later session with the same takes an earlier one's place
-    bool header_digest;
+    bool header_digest;  // offered; a target may decline either
     bool data_digest;
 } dg_iscsi_options;
 
@@ -33,13 +33,11 @@ typedef void dg_iscsi_step(void *owner, int status);
 // What became of a command. Status 0 to 0xFF is SCSI's (SAM-5); others are libiscsi's: the session is lost.
 typedef struct {
     int status;
-    size_t transferred;
+    size_t transferred;  // bytes that came, perhaps more than there is room for
     uint8_t sense_key, additional_code, additional_qualifier;
 } dg_iscsi_result;
 
 typedef void dg_iscsi_done(void *request, const dg_iscsi_result *result);
-
-typedef enum { DG_ISCSI_NOTHING, DG_ISCSI_IN, DG_ISCSI_OUT } dg_iscsi_direction;
 
 // A session that is not connected yet. NULL, with a text in *error, where it cannot be as the options ask.
 dg_iscsi *dg_iscsi_create(const dg_iscsi_options *options, const char **error);
@@ -50,11 +48,11 @@ void dg_iscsi_destroy(dg_iscsi *session);
 int dg_iscsi_connect(dg_iscsi *session, const char *portal, dg_iscsi_step *step, void *owner);
 int dg_iscsi_login(dg_iscsi *session, dg_iscsi_step *step, void *owner);
 int dg_iscsi_logout(dg_iscsi *session, dg_iscsi_step *step, void *owner);
-// Begins a command on a logical unit. The data is left alone by the session only when `done` was called, or the
-// session was destroyed. 0 or -1.
+// Begins a command on a logical unit that asks for `size` bytes, or for none with 0. They are put into `data` right
+// before `done` is called with the status 0; nothing touches it when the session was destroyed. 0 or -1.
 int dg_iscsi_submit(
-    dg_iscsi *session, int unit, const uint8_t *block, size_t block_size, dg_iscsi_direction direction, void *data,
-    size_t size, dg_iscsi_done *done, void *request);
+    dg_iscsi *session, int unit, const uint8_t *block, size_t block_size, void *data, size_t size,
+    dg_iscsi_done *done, void *request);
 
 // The socket, and the events of poll(2) to wait for on it.
 int dg_iscsi_descriptor(dg_iscsi *session);

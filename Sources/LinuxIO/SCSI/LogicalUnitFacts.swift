@@ -9,10 +9,6 @@ public struct LogicalUnitFacts: Sendable, Equatable {
         public var isThin = false
         /// Blocks without storage read as zeros (LBPRZ), by all that the unit says of it.
         public var readsZeros = false
-        /// UNMAP works (LBPU).
-        public var unmaps = false
-        /// WRITE SAME(16) with UNMAP works (LBPWS).
-        public var writeSameUnmaps = false
     }
 
     public var vendor = ""
@@ -29,9 +25,6 @@ public struct LogicalUnitFacts: Sendable, Equatable {
     public var physicalBlock: UInt32 = 512
     /// The most blocks of one transfer; nil where it does not say.
     public var transferMax: UInt32?
-    /// The most blocks of one UNMAP, and of one WRITE SAME; nil where it does not say.
-    public var unmapMax: UInt32?
-    public var writeSameMax: UInt64?
     public var provisioning = Provisioning()
 
     /// Bytes on the unit.
@@ -45,7 +38,7 @@ public struct LogicalUnitFacts: Sendable, Equatable {
         try readInquiry(path)
         _ = try path.ask(.testUnitReady, count: 0)
         try readCapacity(path)
-        let pages = (try? path.ask(.inquiry(page: 0, length: 255), count: 255)) ?? []
+        let pages = try Self.told { () throws(BlockError) in try path.ask(.inquiry(page: 0, length: 255), count: 255) }
         let known = pages.count > 4 && pages[1] == 0 ? pages[4...].prefix(Int(pages[2]) << 8 | Int(pages[3])) : []
         func page(_ code: UInt8, count: Int) throws(BlockError) -> [UInt8] {
             known.contains(code) ? try path.ask(.inquiry(page: code, length: UInt16(count)), count: count) : []
@@ -62,7 +55,19 @@ public struct LogicalUnitFacts: Sendable, Equatable {
     init(capacityOf path: some SCSICommandPath) throws(BlockError) {
         try readCapacity(path)
         if provisioning.isThin {
-            readProvisioning((try? path.ask(.inquiry(page: 0xB2, length: 64), count: 64)) ?? [])
+            let page = try Self.told { () throws(BlockError) in
+                try path.ask(.inquiry(page: 0xB2, length: 64), count: 64)
+            }
+            readProvisioning(page)
+        }
+    }
+
+    /// An answer; none from a unit that does not know the question. What only went wrong is no answer.
+    private static func told(_ asking: () throws(BlockError) -> [UInt8]) throws(BlockError) -> [UInt8] {
+        do throws(BlockError) {
+            return try asking()
+        } catch  where error.kind == .unsupported {
+            return []
         }
     }
 
@@ -128,20 +133,16 @@ public struct LogicalUnitFacts: Sendable, Equatable {
             return value == 0 ? nil : value
         }
         transferMax = number(8)
-        unmapMax = number(20)
-        if page.count >= 44 {
-            let most = UInt64(bigEndian: page, at: 36)
-            writeSameMax = most == 0 ? nil : most
-        }
     }
 
     /// Logical block provisioning (SBC-3 6.6.6). Its word on zeros has to agree with that of READ CAPACITY(16).
     private mutating func readProvisioning(_ page: [UInt8]) {
         guard page.count >= 6, page[1] == 0xB2 else { return }
-        provisioning.unmaps = page[5] & 0x80 != 0
-        provisioning.writeSameUnmaps = page[5] & 0x40 != 0
         if page[5] & 0x04 == 0 { provisioning.readsZeros = false }
     }
+
+    /// Whether the unit tells by what to know it again.
+    public var hasIdentity: Bool { !names.isEmpty || serial?.isEmpty == false }
 
     /// How another look at what should be the same unit differs; nil where it does not.
     public func difference(from earlier: LogicalUnitFacts) -> String? {

@@ -17,9 +17,6 @@ public struct SCSICommand: Sendable, Equatable {
         withUnsafeBytes(of: value.bigEndian, Array.init)
     }
 
-    /// Whether its data are the unit's blocks.
-    public var movesBlocks: Bool { block[0] == 0x88 || block[0] == 0x8A }
-
     /// Asks whether the unit is ready (SPC-4 6.37).
     public static let testUnitReady = SCSICommand("TEST UNIT READY", [UInt8](repeating: 0, count: 6))
 
@@ -41,38 +38,11 @@ public struct SCSICommand: Sendable, Equatable {
         SCSICommand("GET LBA STATUS", [0x9E, 0x12] + bytes(block) + bytes(length) + [0, 0])
     }
 
-    /// Mode parameters, without block descriptors (SPC-4 6.11).
-    public static func modeSense(page: UInt8, length: UInt8) -> SCSICommand {
-        SCSICommand("MODE SENSE(6)", [0x1A, 8, page, 0, length, 0])
-    }
-
+    /// Reads blocks (SBC-3 5.11).
     public static func read(at block: UInt64, count: UInt32) -> SCSICommand {
         SCSICommand("READ(16)", [0x88, 0] + bytes(block) + bytes(count) + [0, 0])
     }
 
-    public static func write(at block: UInt64, count: UInt32) -> SCSICommand {
-        SCSICommand("WRITE(16)", [0x8A, 0] + bytes(block) + bytes(count) + [0, 0])
-    }
-
-    /// Writes one block of data many times; with `unmaps` the unit may give the storage back instead where that reads
-    /// the same (SBC-3 5.44).
-    public static func writeSame(at block: UInt64, count: UInt32, unmaps: Bool) -> SCSICommand {
-        SCSICommand("WRITE SAME(16)", [0x93, unmaps ? 8 : 0] + bytes(block) + bytes(count) + [0, 0])
-    }
-
-    /// Gives storage back, for the ranges in its data (SBC-3 5.28).
-    public static func unmap(dataLength: UInt16) -> SCSICommand {
-        SCSICommand("UNMAP", [0x42, 0, 0, 0, 0, 0, 0] + bytes(dataLength) + [0])
-    }
-
-    /// The data of an UNMAP of one range.
-    public static func unmapData(at block: UInt64, count: UInt32) -> [UInt8] {
-        bytes(UInt16(22)) + bytes(UInt16(16)) + bytes(UInt32(0)) + bytes(block) + bytes(count) + bytes(UInt32(0))
-    }
-
-    /// Puts everything written on stable storage (SBC-3 5.22).
-    public static let synchronizeCache = SCSICommand(
-        "SYNCHRONIZE CACHE(16)", [0x91] + [UInt8](repeating: 0, count: 15))
 }
 
 /// How a command ended.
@@ -217,19 +187,5 @@ extension SCSICommandPath {
             }
             if !patience.allowsAnother(outcome) { throw failure }
         }
-    }
-}
-
-extension SCSICommandPath {
-    /// A page of mode parameters (SPC-4 7.5), and whether the unit is write-protected (SBC-3 6.4.1).
-    ///
-    /// - Returns: no page when the answer has none.
-    /// - Throws: when the unit does not tell.
-    public func modePage(_ code: UInt8) throws(BlockError) -> (isWriteProtected: Bool, page: [UInt8]?) {
-        let answer = try ask(.modeSense(page: code, length: 192), count: 192)
-        guard answer.count >= 4 else { throw BlockError(.inputOutput, "MODE SENSE(6) on \(unitName): no answer") }
-        let page = Array(answer.dropFirst(4 + Int(answer[3])))
-        let isThere = page.count >= 2 && page[0] & 63 == code && page.count >= 2 + Int(page[1])
-        return (answer[2] & 0x80 != 0, isThere ? Array(page.prefix(2 + Int(page[1]))) : nil)
     }
 }

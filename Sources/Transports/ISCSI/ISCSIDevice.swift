@@ -1,8 +1,8 @@
-// A logical unit of an iSCSI target as a disk: one source run, read by SCSI commands on a session of its own.
+// A logical unit of an iSCSI target as a read-only disk: one source run, read on a session of its own.
 public import Block
 import LinuxIO
 
-/// A logical unit of an iSCSI target as a disk.
+/// A logical unit of an iSCSI target as a disk that is never written.
 public final class ISCSIDevice: BlockDevice {
     public let info: DeviceInfo
     private let unit: ISCSIUnit
@@ -11,19 +11,14 @@ public final class ISCSIDevice: BlockDevice {
 
     /// Reaches the unit that a reference names.
     ///
-    /// - Parameter isWritable: whether it is to be changed; if not, nothing is ever written.
-    /// - Throws: `BlockError`: libiscsi is not there, the target cannot be reached or lets nobody in, has no such unit,
-    ///   or `.readOnly` when the unit is to be changed and is write-protected.
-    public init(_ reference: ISCSIReference, isWritable: Bool = false) throws(BlockError) {
+    /// - Throws: `BlockError`: libiscsi is not there, the target cannot be reached, lets nobody in, or has no such
+    ///   unit.
+    public init(_ reference: ISCSIReference) throws(BlockError) {
         unit = try ISCSIUnit(reference)
         let facts = unit.facts
-        if isWritable && unit.isWriteProtected {
-            throw BlockError(.readOnly, "opening \(reference) for writing: the unit is write-protected")
-        }
         var info = DeviceInfo(size: facts.size, format: "raw", name: reference.description)
         info.preferredBlock = min(max(facts.physicalBlock, 4096), 1 << 20)
-        info.isReadOnly = !isWritable
-        info.canDiscard = isWritable && facts.provisioning.isThin && facts.provisioning.unmaps
+        info.isReadOnly = true
         let thin = facts.provisioning.isThin ? (facts.provisioning.readsZeros ? "yes" : "yes, without zeros") : "no"
         let about: [(String, String?)] = [
             ("vendor", facts.vendor), ("model", facts.model), ("wwn", facts.names.first), ("serial", facts.serial),
@@ -59,43 +54,21 @@ public final class ISCSIDevice: BlockDevice {
         }
     }
 
-    private func requireWritable(_ doing: String) throws(BlockError) {
-        if info.isReadOnly { throw BlockError(.readOnly, "\(doing) \(info.name): it is open for reading only") }
+    private func refuse(_ doing: String) throws(BlockError) {
+        throw BlockError(.readOnly, "\(doing) \(info.name): it is open for reading only")
     }
 
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64, durable: Bool) throws(BlockError) {
-        if bytes.isEmpty { return }
-        try requireWritable("writing to")
-        try unit.write(bytes, at: offset)
-        if durable { try unit.flush() }
+        if !bytes.isEmpty { try refuse("writing to") }
     }
 
     public func zero(_ range: Range<UInt64>, _ options: ZeroOptions) throws(BlockError) {
-        try requireWritable("zeroing a range of")
-        if options.contains(.fastOnly) {
-            throw BlockError(.unsupported, "zeroing a range of \(info.name) fast: a logical unit cannot promise it")
-        }
-        let done = try unit.zeroBlocks(range, unmaps: options.contains(.mayPunch))
-        let before = range.lowerBound..<(done.isEmpty ? range.upperBound : done.lowerBound)
-        let behind = (done.isEmpty ? range.upperBound : done.upperBound)..<range.upperBound
-        for part in [before, behind] {
-            var position = part.lowerBound
-            while position < part.upperBound {
-                let count = Int(min(UInt64(ZeroPage.count), part.upperBound - position))
-                try unit.write(UnsafeRawBufferPointer(rebasing: ZeroPage.bytes[..<count]), at: position)
-                position += UInt64(count)
-            }
-        }
-        if options.contains(.durable) { try unit.flush() }
+        try refuse("zeroing a range of")
     }
 
     public func discard(_ range: Range<UInt64>, durable: Bool) throws(BlockError) {
-        try requireWritable("discarding a range of")
-        try unit.discardBlocks(range)
-        if durable { try unit.flush() }
+        try refuse("discarding a range of")
     }
 
-    public func flush() throws(BlockError) {
-        if !info.isReadOnly { try unit.flush() }
-    }
+    public func flush() throws(BlockError) {}
 }

@@ -18,12 +18,13 @@ public struct ISCSIReference: Sendable, Equatable, CustomStringConvertible {
     /// The name to prove who we are with, and where the password is (CHAP); nil without.
     public var user: String?
     public var passwordFile: String?
-    /// The name that the target has to prove in turn, and where its password is; nil without.
+    /// The name that the target is asked to prove in turn, and where its password is; nil without. libiscsi also
+    /// goes on with a target that does not prove it.
     public var targetUser: String?
     public var targetPasswordFile: String?
     /// The iSCSI name of this machine; nil for that of the configuration.
     public var initiator: String?
-    /// Whether headers and data carry checksums (CRC32C).
+    /// Whether checksums (CRC32C) of headers and data are offered. A target may decline them.
     public var hasHeaderDigest = false
     public var hasDataDigest = false
     /// Seconds that the target has to answer a command, 1 to 3600.

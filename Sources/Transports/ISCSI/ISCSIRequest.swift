@@ -1,6 +1,5 @@
 // One SCSI command on its way to an iSCSI target, and who waits for it.
 import Block
-import CISCSI
 import LinuxIO
 
 /// A command on its way. What it points to stays its caller's until it is finished.
@@ -9,8 +8,7 @@ final class ISCSIRequest: @unchecked Sendable {
     // the request was handed to it.
 
     let command: SCSICommand
-    let direction: dg_iscsi_direction
-    /// Where the data goes to, or comes from: it is not written then.
+    /// Where the data goes to; empty for none.
     let data: UnsafeMutableRawBufferPointer
     let worker: ISCSIWorker
     let isFinished = Condition()
@@ -24,13 +22,11 @@ final class ISCSIRequest: @unchecked Sendable {
     var givesUpAt: Double?
     /// Times that the target has not answered in time.
     var silences = 0
+    /// Sessions that were lost with this on its way.
+    var losses = 0
 
-    init(
-        _ command: SCSICommand, _ direction: dg_iscsi_direction, _ data: UnsafeMutableRawBufferPointer,
-        _ worker: ISCSIWorker
-    ) {
+    init(_ command: SCSICommand, _ data: UnsafeMutableRawBufferPointer, _ worker: ISCSIWorker) {
         self.command = command
-        self.direction = direction
         self.data = data
         self.worker = worker
     }

@@ -18,6 +18,8 @@ final class ISCSIWorker: @unchecked Sendable {
     private static let flyingMax = 64
     /// Seconds between attempts to reach a target that is gone.
     private static let pauses = (first: 0.1, longest: 2.0)
+    /// Sessions that may be lost with one command on its way: it may be that command that ends them.
+    private static let lossesMax = 3
     /// How long to be polite at the end, in seconds.
     private static let goodbye = 2.0
 
@@ -28,9 +30,6 @@ final class ISCSIWorker: @unchecked Sendable {
         var opening: Result<LogicalUnitFacts, BlockError>?
         /// Why nothing can be asked of the unit any more.
         var failure: BlockError?
-        /// Sessions that were lost, while something was written that may not be stored.
-        var lostChanges = false
-        var hasUnflushedChanges = false
         /// Whether the unit has said that it may be another.
         var wantsLook = false
     }
@@ -47,12 +46,12 @@ final class ISCSIWorker: @unchecked Sendable {
     private var session: OpaquePointer?
     private var flying: [ObjectIdentifier: ISCSIRequest] = [:]
     private var waiting: [ISCSIRequest] = []
-    private var parting: [(ISCSIRequest, SCSIOutcome)] = []
     private var stepStatus: Int32?
     /// What libiscsi said when a step failed, before it says something less telling.
     private var stepFailure: String?
     private var loss: BlockError?
     private var facts: LogicalUnitFacts?
+    private var isReconnecting = false
     private var nextAttempt = 0.0
     private var pause = ISCSIWorker.pauses.first
     private var lastFailure: BlockError?
@@ -117,12 +116,6 @@ final class ISCSIWorker: @unchecked Sendable {
         }
     }
 
-    /// Notes that something was written, or that all of it is stored.
-    func noteChanges(_ areUnflushed: Bool) { lock.withLock { shared.hasUnflushedChanges = areUnflushed } }
-
-    /// Whether a session was lost with something written in it that may not be stored.
-    var hasLostChanges: Bool { lock.withLock { shared.lostChanges } }
-
     /// Looks whether the unit is still the same before anything else is asked of it.
     func lookAgain() {
         lock.withLock { shared.wantsLook = true }
@@ -148,24 +141,24 @@ final class ISCSIWorker: @unchecked Sendable {
         }
         while facts != nil && takeQueue() {
             if session != nil && takeDoubt() {
-                lose(BlockError(.inputOutput, "\(reference): the unit says that it has changed"), byUs: true)
+                lose(BlockError(.inputOutput, "\(reference): the unit says that it has changed"), isByUs: true)
             }
             if session == nil && !waiting.isEmpty && monotonicSeconds() >= nextAttempt { reconnect() }
             sendWaiting()
             giveUpOverdue()
-            pump(until: nextEvent())
-            if let loss { lose(loss, byUs: !parting.isEmpty) }
+            if loss == nil { pump(until: nextEvent()) }
+            if let loss { lose(loss) }
         }
         sayGoodbye()
         dropSession()
         let ended = BlockError(.shutdown, "\(reference) is being closed")
-        var rest = waiting + parting.map(\.0) + flying.values
+        var rest = waiting + flying.values
         lock.withLock {
             rest += shared.queue
             shared.queue = []
         }
         for request in rest { finish(request, .failure(ended)) }
-        (waiting, parting, flying) = ([], [], [:])
+        (waiting, flying) = ([], [:])
         publish { $0.hasEnded = true }
     }
 
@@ -210,7 +203,7 @@ final class ISCSIWorker: @unchecked Sendable {
         request.deadline = monotonicSeconds() + Double(reference.timeoutSeconds)
         flying[ObjectIdentifier(request)] = request
         let result = dg_iscsi_submit(
-            session, reference.addressedUnit, request.command.block, request.command.block.count, request.direction,
+            session, reference.addressedUnit, request.command.block, request.command.block.count,
             request.data.baseAddress, request.data.count,
             { pointer, result in
                 guard let pointer, let result = result?.pointee else { return }
@@ -232,13 +225,9 @@ final class ISCSIWorker: @unchecked Sendable {
         let outcome = SCSIOutcome(
             status: UInt8(result.status), sense: result.status == 2 ? sense : nil, transferred: result.transferred)
         flying[ObjectIdentifier(request)] = nil
-        if request.direction == DG_ISCSI_OUT && outcome.status != 0 {
-            // libiscsi may still hold data of it that is not sent: nobody may touch that before the session is gone.
-            parting.append((request, outcome))
-            loss = loss ?? BlockError(.inputOutput, "\(reference): the session ends with a write that failed")
-        } else {
-            finish(request, .success(outcome))
-        }
+        // That a target lets us in and says who the unit is does not tell yet whether it serves anybody.
+        if outcome.status == 0 && !isReconnecting { (nextAttempt, pause) = (0, Self.pauses.first) }
+        finish(request, .success(outcome))
     }
 
     // MARK: - Waiting
@@ -283,20 +272,21 @@ final class ISCSIWorker: @unchecked Sendable {
 
     // MARK: - Losing and finding again
 
-    /// Ends the session. Everybody whose command was on its way waits for the next one, unless it is too late.
+    /// Ends the session. Everybody whose command was on its way waits for the next one, unless it is too late, or was
+    /// on its way when several were lost.
     ///
-    /// - Parameter byUs: the target is as it was.
-    private func lose(_ reason: BlockError, byUs: Bool = false) {
+    /// - Parameter isByUs: the target has done nothing to end it.
+    private func lose(_ reason: BlockError, isByUs: Bool = false) {
         dropSession()
         lastFailure = reason
-        nextAttempt = 0
-        pause = Self.pauses.first
         let lost = flying.values.sorted { $0.deadline < $1.deadline }
         flying = [:]
-        lock.withLock { if shared.hasUnflushedChanges && !byUs { shared.lostChanges = true } }
         waiting = lost + waiting
-        for (request, outcome) in parting { finish(request, .success(outcome)) }
-        parting = []
+        if isByUs { return }
+        for request in lost {
+            request.losses += 1
+            if request.losses >= Self.lossesMax { giveUp(request, reason) }
+        }
     }
 
     private func dropSession() {
@@ -317,8 +307,7 @@ final class ISCSIWorker: @unchecked Sendable {
             lose(reason)
             for request in silent {
                 request.silences += 1
-                // The target may still carry a write out, perhaps after a later one: it is not repeated.
-                if request.silences > 1 || request.direction == DG_ISCSI_OUT { giveUp(request, reason) }
+                if request.silences > 1 { giveUp(request, reason) }
             }
         }
         guard session == nil else { return }
@@ -336,9 +325,22 @@ final class ISCSIWorker: @unchecked Sendable {
 
     private func reconnect() {
         guard reference.reconnectSeconds > 0 else { return }
+        isReconnecting = true
+        defer {
+            isReconnecting = false
+            // Whoever lets us in and closes again is asked less and less often, until a command has succeeded.
+            nextAttempt = monotonicSeconds() + pause
+            pause = min(pause * 2, Self.pauses.longest)
+        }
         do throws(BlockError) {
             try connect()
             let now = try LogicalUnitFacts(of: ISCSIProbe(self))
+            if !now.hasIdentity {
+                throw BlockError(
+                    .changed,
+                    "\(reference): the session was lost, and the unit has neither a worldwide name nor a serial number "
+                        + "by which to know it again; open it anew")
+            }
             if let facts, let difference = now.difference(from: facts) {
                 throw BlockError(
                     .changed, "\(reference): after a lost session there is another unit: \(difference)")
@@ -349,8 +351,6 @@ final class ISCSIWorker: @unchecked Sendable {
             // What was asked of the unit itself did not come from others.
             flying = [:]
             lastFailure = error
-            nextAttempt = monotonicSeconds() + pause
-            pause = min(pause * 2, Self.pauses.longest)
             guard error.kind == .changed else { return }
             publish { $0.failure = error }
             for request in waiting { finish(request, .failure(error)) }
@@ -457,7 +457,7 @@ extension ISCSIWorker {
     fileprivate func carryOut(_ command: SCSICommand, into buffer: UnsafeMutableRawBufferPointer) throws(BlockError)
         -> SCSIOutcome
     {
-        let request = ISCSIRequest(command, buffer.isEmpty ? DG_ISCSI_NOTHING : DG_ISCSI_IN, buffer, self)
+        let request = ISCSIRequest(command, buffer, self)
         send(request)
         while true {
             if let outcome = lock.withLock({ request.outcome }) { return try outcome.get() }
