@@ -50,8 +50,8 @@ public enum CopyDestination: Sendable, Equatable {
         case .iscsi:
             throw BlockError(
                 .unsupported,
-                "copying to \(text): LUNs are only read through libiscsi; log in with the kernel's initiator, and name the "
-                    + "block device")
+                "copying to \(text): LUNs are only read through libiscsi; log in with the kernel's initiator, and name "
+                    + "the block device")
         case .pattern, .memory, .point, .san:
             throw BlockError(.invalid, "copying to \(text): nothing can be written there; name a file or an NBD URI")
         }
