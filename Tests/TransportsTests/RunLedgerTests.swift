@@ -132,4 +132,21 @@ import Transports
             #expect(access(ledger.path, F_OK) == 0)
         }
     }
+
+    @Test(arguments: [Int.max, Int.max - 1, (1 << 53) + 1, 0, -1]) func numbersNoLedgerGetsToAreDamage(
+        _ number: Int
+    ) throws {
+        try withTemporaryDirectory { directory in
+            let state = directory.file("state")
+            do {
+                let ledger = try RunLedger.begin(stateDirectory: state, machine: "a", repository: nil)
+                let line = "{\"made\":{\"id\":\(number),\"kind\":\"a.b\",\"details\":{}}}\n"
+                try writeDurably(ledger.path, try readSmallFile(ledger.path) + Array(line.utf8))
+            }
+            let ledger = try #require(try RunLedger.takeAbandoned(stateDirectory: state).ledgers.first)
+            #expect(ledger.damage != nil && ledger.obligations.isEmpty)
+            let next = try ledger.intend("a.second", [:])
+            #expect(ledger.obligations == [next])
+        }
+    }
 }

@@ -16,6 +16,9 @@ public final class RunLedger: Sendable {
     private let lock: FileLock
     private let state: Locked<State>
 
+    /// The largest number of an obligation that is believed: what JSON's readers agree on (RFC 8259, section 6).
+    private static let maximumNumber = 1 << 53
+
     private struct State {
         var open: [Obligation] = []
         var next = 1
@@ -245,13 +248,13 @@ public final class RunLedger: Sendable {
             }
             run = entry.run ?? run
             if let made = entry.made {
-                let (next, overflow) = made.id.addingReportingOverflow(1)
-                if overflow {
+                // Numbers that no ledger gets to; behind them there would be none left for what comes next.
+                guard (1...maximumNumber).contains(made.id) else {
                     state.isDamaged = true
                     continue
                 }
                 state.open.append(made)
-                state.next = max(state.next, next)
+                state.next = max(state.next, made.id + 1)
             }
             if let more = entry.learned, let index = state.open.firstIndex(where: { $0.id == more.id }) {
                 state.open[index] = more
