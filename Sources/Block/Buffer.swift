@@ -1,4 +1,5 @@
 // Memory for blocks: aligned for O_DIRECT, owned by exactly one holder.
+import Glibc
 
 /// A block of memory aligned to 4096 bytes, freed when its owner goes.
 public struct Buffer: ~Copyable, @unchecked Sendable {
@@ -10,10 +11,20 @@ public struct Buffer: ~Copyable, @unchecked Sendable {
     /// The memory.
     public let bytes: UnsafeMutableRawBufferPointer
 
-    /// Memory for `count` bytes, at least 1, not initialised.
-    public init(count: Int) {
+    /// Memory that is not initialised.
+    ///
+    /// - Parameters:
+    ///   - count: bytes, at least 1.
+    ///   - inHugePages: whether it is to lie in huge pages, where it fills any and the system has them. That is for what
+    ///     goes to storage around the page cache, in large pieces: a request takes a limited number of pieces of memory
+    ///     (`max_segments` of the device's queue, often 126 or 254), so that from ordinary pages 1 MiB is several.
+    public init(count: Int, inHugePages: Bool = false) {
         precondition(count > 0)
-        bytes = .allocate(byteCount: count, alignment: Self.alignment)
+        let hugePage = 2 << 20
+        let isHuge = inHugePages && count >= hugePage
+        bytes = .allocate(byteCount: count, alignment: isHuge ? hugePage : Self.alignment)
+        // Where this is refused, the pages are ordinary ones.
+        if isHuge { madvise(bytes.baseAddress, count, MADV_HUGEPAGE) }
     }
 
     deinit { bytes.deallocate() }

@@ -61,7 +61,7 @@ final class PipelinedReader {
         let wanted = Self.bytesInFlight / pieceBytes
         depth = Int(min(max(wanted, Self.depths.lowerBound), Self.depths.upperBound))
         slots = [Slot](repeating: Slot(), count: depth)
-        buffer = Buffer(count: depth * Int(pieceBytes))
+        buffer = Buffer(count: depth * Int(pieceBytes), inHugePages: true)
     }
 
     /// Works until nothing is left.

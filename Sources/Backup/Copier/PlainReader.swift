@@ -16,7 +16,7 @@ final class PlainReader {
         self.crew = crew
         device = crew.source.device
         pieceBytes = UInt64(max(crew.target.pieceBytes, Int(crew.target.granularity)))
-        buffer = Buffer(count: Int(pieceBytes))
+        buffer = Buffer(count: Int(pieceBytes), inHugePages: true)
     }
 
     /// Works until nothing is left.
