@@ -195,7 +195,7 @@ public final class Copier: Sendable {
     }
 
     private func startWorkers() throws(BlockError) {
-        let count = target.isSequential ? 1 : min(options.workers ?? source.workersByDefault, source.workersMax)
+        let count = target.isSequential ? 1 : min(options.workers ?? source.workersByDefault(for: target), source.workersMax)
         let (crew, source) = (crew, source)
         guard crew.join() else { return }
         do throws(BlockError) {

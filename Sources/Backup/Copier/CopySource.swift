@@ -98,9 +98,9 @@ public final class CopySource: Sendable {
         return remote.agreement.flags.contains(.canMultiConn) ? connectionsMax : 1
     }
 
-    /// The workers to take unless somebody says otherwise.
-    var workersByDefault: Int {
+    /// The workers to take for a target unless somebody says otherwise.
+    func workersByDefault(for target: any CopyTarget) -> Int {
         let processors = max(2, Int(sysconf(Int32(_SC_NPROCESSORS_ONLN))))
-        return min(workersMax, 4, processors)
+        return min(workersMax, target.waitsForStorage ? 4 : min(4, processors))
     }
 }

@@ -15,6 +15,9 @@ public protocol CopyTarget: AnyObject, Sendable {
     /// Bytes of one write that suit the target: a power of two, at least 64 KiB. What goes through the page cache is
     /// best read and written while it is in the processor's cache; storage likes larger pieces.
     var pieceBytes: Int { get }
+    /// Whether a write waits for the storage and not for a processor, so that several at a time are worth it whatever
+    /// the number of processors.
+    var waitsForStorage: Bool { get }
     /// Whether ranges have to come in order, without gaps.
     var isSequential: Bool { get }
     /// Whether everything that was never written reads as zeros, so that a full copy has nothing to do for zeros.
@@ -40,6 +43,7 @@ public protocol CopyTarget: AnyObject, Sendable {
 
 extension CopyTarget {
     public var pieceBytes: Int { 256 << 10 }
+    public var waitsForStorage: Bool { false }
     public var readsAsZeros: Bool { false }
     public func clone(_ file: FileRef, from offset: UInt64, to range: Range<UInt64>) -> Bool { false }
     public func startFlushing() {}

@@ -13,6 +13,7 @@ public final class DeviceTarget: CopyTarget {
     public let isSequential = false
     public let readsAsZeros: Bool
     public let pieceBytes: Int
+    public let waitsForStorage: Bool
     /// The disk.
     public let device: any BlockDevice
     private let isFile: Bool
@@ -38,9 +39,9 @@ public final class DeviceTarget: CopyTarget {
         let place = Self.openFile(of: device)
         file = isFile || place?.traits.contains(.blockNode) == true ? place : nil
         direct = isFile && isDurable ? file.flatMap { DirectWriter($0.descriptor) } : nil
-        let isDirect = direct != nil || file?.traits.contains(.direct) == true
+        waitsForStorage = direct != nil || file?.traits.contains(.direct) == true
         // Storage is fastest with large pieces; file systems find new memory by the MiB at the least cost.
-        pieceBytes = isDirect ? 4 << 20 : isFile && !isDurable ? 1 << 20 : 256 << 10
+        pieceBytes = waitsForStorage ? 4 << 20 : isFile && !isDurable ? 1 << 20 : 256 << 10
     }
 
     public func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError) {

@@ -13,12 +13,14 @@ final class PipelinedReader {
     /// where pieces are small.
     private static let bytesInFlight: UInt64 = 4 << 20
     private static let depths = UInt64(2)...8
+    /// Bytes asked for at a time: what a server copies then stays in its processor's cache, whatever the target likes
+    /// to get at a time.
+    private static let requestBytes: UInt64 = 256 << 10
 
     private enum State {
         case free
-        /// To be read, for the first time or again.
-        case wanted
-        case flying
+        /// On its way from the source.
+        case coming
         /// On its way to the target, when it is its turn.
         case arrived
     }
@@ -27,6 +29,10 @@ final class PipelinedReader {
         var state = State.free
         var segment = CopySegment(id: 0, range: 0..<0, kind: .data)
         var range: Range<UInt64> = 0..<0
+        /// Its requests that are to be sent, for the first time or again, a bit for each.
+        var wanted: UInt64 = 0
+        /// Its requests in flight.
+        var flying = 0
         var attempts = 0
         /// Its place in the order of the plan.
         var number: UInt64 = 0
@@ -36,10 +42,10 @@ final class PipelinedReader {
     private let device: NBDDevice
     private let buffer: Buffer
     private let pieceBytes: UInt64
+    private let requestBytes: UInt64
     private let inOrder: Bool
-    /// Reads in flight.
-    private let depth: Int
     private var slots: [Slot]
+    /// Requests in flight.
     private var flying = 0
     private var given: UInt64 = 0
     private var delivered: UInt64 = 0
@@ -58,8 +64,11 @@ final class PipelinedReader {
         let limit = min(
             UInt64(crew.target.pieceBytes), UInt64(device.agreement.blockSizes.maximum))
         pieceBytes = max(limit / block, 1) * block
+        // As many requests as a word has bits at most.
+        let request = max(Self.requestBytes, UInt64(device.agreement.blockSizes.preferred), (pieceBytes + 63) / 64)
+        requestBytes = (request + block - 1) / block * block
         let wanted = Self.bytesInFlight / pieceBytes
-        depth = Int(min(max(wanted, Self.depths.lowerBound), Self.depths.upperBound))
+        let depth = Int(min(max(wanted, Self.depths.lowerBound), Self.depths.upperBound))
         slots = [Slot](repeating: Slot(), count: depth)
         buffer = Buffer(count: depth * Int(pieceBytes), inHugePages: true)
     }
@@ -89,7 +98,7 @@ final class PipelinedReader {
         var loss: ChannelError?
         while true {
             // Several at once: they leave in one call, and arrive in few.
-            if loss == nil && failure == nil && flying <= depth / 2 && !crew.stop.isCancelled {
+            if loss == nil && failure == nil && isRoomy && !crew.stop.isCancelled {
                 do throws(ChannelError) { try submit(to: channel) } catch { lose(error, &loss) }
             }
             if flying == 0 {
@@ -111,17 +120,22 @@ final class PipelinedReader {
         }
     }
 
-    /// A read has ended.
+    /// Whether nothing is on its way to half of the slots.
+    private var isRoomy: Bool { slots.count { $0.flying > 0 } <= slots.count / 2 }
+
+    /// A request has ended.
     private func take(_ completion: Completion, _ loss: inout ChannelError?) {
-        let index = Int(completion.token)
+        let index = Int(completion.token / 64)
         flying -= 1
+        slots[index].flying -= 1
         guard let error = completion.error else {
             progressed = true
+            if slots[index].wanted != 0 || slots[index].flying > 0 { return }
             slots[index].state = .arrived
             do throws(BlockError) { try deliver() } catch { end(error) }
             return
         }
-        slots[index].state = .wanted
+        slots[index].wanted |= 1 << (completion.token % 64)
         guard case .refused(let reason) = error else {
             return lose(error, &loss)
         }
@@ -159,7 +173,7 @@ final class PipelinedReader {
                     // Perhaps there are others to be sent once more.
                     continue
                 }
-                slots[index] = Slot(state: .wanted, segment: segment, range: range, attempts: 0, number: given)
+                slots[index] = Slot(state: .coming, segment: segment, range: range, number: given)
                 given += 1
                 if segment.kind == .zero {
                     // Only where everything goes in order.
@@ -167,15 +181,22 @@ final class PipelinedReader {
                     do throws(BlockError) { try deliver() } catch { return end(error) }
                     continue
                 }
+                let requests = (range.count64 + requestBytes - 1) / requestBytes
+                slots[index].wanted = .max >> (64 - requests)
                 crew.pay(range.count64)
             }
-            guard slots[index].state == .wanted else { continue }
-            let count = Int(slots[index].range.count64)
-            let start = index * Int(pieceBytes)
-            let part = UnsafeMutableRawBufferPointer(rebasing: buffer.bytes[start..<(start + count)])
-            try channel.submitRead(into: part, at: slots[index].range.lowerBound, token: UInt64(index))
-            slots[index].state = .flying
-            flying += 1
+            while slots[index].wanted != 0 {
+                let number = UInt64(slots[index].wanted.trailingZeroBitCount)
+                let range = slots[index].range
+                let offset = number * requestBytes
+                let count = Int(min(requestBytes, range.count64 - offset))
+                let start = index * Int(pieceBytes) + Int(offset)
+                let part = UnsafeMutableRawBufferPointer(rebasing: buffer.bytes[start..<(start + count)])
+                try channel.submitRead(into: part, at: range.lowerBound + offset, token: UInt64(index) * 64 + number)
+                slots[index].wanted &= ~(1 << number)
+                slots[index].flying += 1
+                flying += 1
+            }
         }
     }
 

@@ -12,6 +12,8 @@ public final class Qcow2Target: CopyTarget {
     public let writer: Qcow2Writer
 
     public var size: UInt64 { writer.size }
+    public var pieceBytes: Int { writer.pieceBytes }
+    public var waitsForStorage: Bool { writer.waitsForStorage }
 
     /// A target over a writer.
     ///

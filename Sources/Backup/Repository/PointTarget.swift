@@ -8,6 +8,9 @@ import Synchronization
 /// What a driver writes a disk of a point with. The file has its `.partial` name; ranges are whole chunks, or end
 /// at the disk's end; each chunk comes once.
 protocol PointFile: AnyObject, Sendable {
+    /// As of a copy's target.
+    var pieceBytes: Int { get }
+    var waitsForStorage: Bool { get }
     func write(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws(BlockError)
     func zero(_ range: Range<UInt64>) throws(BlockError)
     func flush() throws(BlockError)
@@ -22,6 +25,8 @@ final class PointTarget: CopyTarget {
     let granularity = ChunkHashes.chunkSize
     let isSequential = false
     let readsAsZeros: Bool
+    var pieceBytes: Int { file.pieceBytes }
+    var waitsForStorage: Bool { file.waitsForStorage }
     private let file: any PointFile
     private let hashes: ChunkHashWriter
     private let dataBytes = Atomic<UInt64>(0)
@@ -78,6 +83,9 @@ final class PointTarget: CopyTarget {
 final class Qcow2PointFile: PointFile {
     private let writer: Qcow2Writer
 
+    var pieceBytes: Int { writer.pieceBytes }
+    var waitsForStorage: Bool { writer.waitsForStorage }
+
     init(
         path: String, size: UInt64, backing: String?, compression: PointCompression
     ) throws(BlockError) {
@@ -96,6 +104,8 @@ final class Qcow2PointFile: PointFile {
 
 /// A disk as a raw file, which shares what is not written with the file of the point before.
 final class ReflinkPointFile: PointFile {
+    let pieceBytes = 256 << 10
+    let waitsForStorage = false
     private let device: RawFileDevice
 
     init(path: String, size: UInt64, base: String?) throws(BlockError) {

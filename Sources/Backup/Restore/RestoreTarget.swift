@@ -19,6 +19,7 @@ final class RestoreTarget: CopyTarget {
     let size: UInt64
     let granularity = ChunkHashes.chunkSize
     var pieceBytes: Int { disk.pieceBytes }
+    var waitsForStorage: Bool { disk.waitsForStorage }
     let isSequential = false
     let readsAsZeros: Bool
     /// What the copier leaves alone and `writeHead` writes. Empty for a new file, which nobody takes for anything.

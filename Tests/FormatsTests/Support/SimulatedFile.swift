@@ -12,6 +12,7 @@ final class SimulatedFile: ImageFile, @unchecked Sendable {
 
     static let pageSize = 65536
     let name = "simulated file"
+    let isDirect = false
     /// Pages of content, all operations done; pages that are missing are zeros.
     private var pages: [UInt64: [UInt8]] = [:]
     private var length: UInt64

@@ -8,6 +8,8 @@ import LinuxIO
 protocol ImageFile: AnyObject, Sendable {
     /// What the file is to people.
     var name: String { get }
+    /// Whether large pieces go around the page cache.
+    var isDirect: Bool { get }
     /// Bytes in the file.
     func size() throws(BlockError) -> UInt64
     /// Reads bytes; those past the file's end are zeros.
@@ -23,6 +25,7 @@ protocol ImageFile: AnyObject, Sendable {
 /// An image file on disk.
 final class DiskImageFile: ImageFile {
     let name: String
+    var isDirect: Bool { direct != nil }
     private let descriptor: Descriptor
     /// For large pieces of a new image.
     private let direct: DirectWriter?

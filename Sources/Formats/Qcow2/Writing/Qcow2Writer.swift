@@ -55,6 +55,12 @@ public final class Qcow2Writer: @unchecked Sendable {
     static let slicesMax = 4096
     /// Clusters that are compressed and placed in one go.
     private static let batchClusters = 16
+
+    /// Bytes of one write that suit the image. What is compressed goes through the processor's cache; storage likes
+    /// larger pieces.
+    public var pieceBytes: Int { compression == .none ? 512 << 10 : 256 << 10 }
+    /// Whether a write waits for the storage, and not for a processor.
+    public var waitsForStorage: Bool { compression == .none && file.isDirect }
     /// Bytes of the file from one write-back to the next, when its cached pages are dropped.
     private static let writeBackBytes: UInt64 = 32 << 20
 
