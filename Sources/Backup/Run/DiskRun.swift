@@ -180,7 +180,8 @@ extension RunReport.Disk {
     init(_ plan: BackupPlan.Disk) {
         self.init(
             id: plan.disk.id, size: plan.disk.size, level: plan.since == nil ? "full" : "incremental",
-            reason: plan.reason, transport: "nbd")
+            reason: plan.reason, transport: plan.disk.choice?.chosen?.rawValue ?? "nbd")
+        choice = plan.disk.choice
     }
 
     /// Notes what a copy did.
