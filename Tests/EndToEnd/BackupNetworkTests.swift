@@ -21,16 +21,6 @@ private struct RemoteSite {
     }
 }
 
-/// Ports of this machine that nobody listens on.
-private func freePorts(_ count: Int) throws -> [String] {
-    let script = """
-        import socket, sys
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]
-        for one in sockets: print(one.getsockname()[1])
-        """
-    return try Tool("python3").run(["-c", script, "\(count)"]).lines
-}
-
 @Suite struct BackupNetworkTests {
     @Test func `disks come over TLS, full and then what has changed`() throws {
         var remote = try RemoteSite()

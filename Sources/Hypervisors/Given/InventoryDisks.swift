@@ -59,9 +59,11 @@ extension GivenDisksPlace {
             found.warnings.append("the inventory says that \(machine.title) runs, and offline=yes that it is off")
         }
         for (index, disk) in machine.disks.enumerated() {
+            // Sources say where their files are, and opening them tells the rest.
+            let judgement = findings[index].mapValues { $0.filter { $0.rule != "file.path" } }
             var known = SiteDisk(
                 title: "disk \(disk.key) of \(machine.title)", host: site.host(machine.host), policy: site.policy,
-                findings: findings[index])
+                findings: judgement)
             if case .inconsistent = moment {
                 known.findings = known.findings.mapValues { $0.map { $0.takenAllTheSame } }
             }
