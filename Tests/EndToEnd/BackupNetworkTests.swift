@@ -62,6 +62,21 @@ private struct RemoteSite {
         #expect(try remote.site.restores("latest", to: try remote.site.machine.snapshot("now")))
     }
 
+    @Test func `disks of a host of the inventory take its sessions`() throws {
+        var remote = try RemoteSite()
+        remote.site.uri += "&tls-creds=tls0&tls-certificates=\(try Certificates.made()["client"])"
+        var inventory = InventoryFile(in: remote.site.folder)
+        inventory.host = #""name": "lab", "addresses": ["127.0.0.1"], "kind": "qemu", "sessionLimit": 0"#
+        try inventory.store()
+        let refused = try remote.site.backup(environment: inventory.environment)
+        #expect(refused.status == 1 && refused.text.contains("a session of host lab: its limit is 0"), "\(refused)")
+        #expect(try remote.site.machine.leftovers() == [] && remote.site.doctor().status == 0)
+        inventory.host = #""name": "lab", "addresses": ["127.0.0.1"], "kind": "qemu", "sessionLimit": 1"#
+        try inventory.store()
+        let done = try remote.site.backup(environment: inventory.environment)
+        #expect(done.status == 0 && done.text.contains("over nbdssl"), "\(done)")
+    }
+
     @Test func `what does not work over the network is refused, and says what does`() throws {
         let remote = try RemoteSite(",tls-creds=tls0")
         // A monitor that wants TLS.

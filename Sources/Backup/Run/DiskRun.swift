@@ -164,7 +164,7 @@ extension RunReport {
             transport: run.transport)
         disk.planned = run.planned
         disk.choice = run.choice
-        for reason in run.choice?.reasons ?? [] { downgrades.append("disk \(run.id): not over \(reason)") }
+        noteChoice(run.choice, of: run.id)
         if let sample = run.sample {
             disk.sample = Sample(
                 chunks: sample.chunks, clean: sample.clean, mismatches: UInt64(sample.mismatches.count))
@@ -172,6 +172,11 @@ extension RunReport {
         disks.append(disk)
         if let downgrade = run.downgrade { downgrades.append("disk \(run.id) is read whole: \(downgrade)") }
         for (point, reason) in run.suspects { warnings.append("point \(point.sequence) is suspect: \(reason)") }
+    }
+
+    /// Notes why a disk does not come as it was wanted most.
+    mutating func noteChoice(_ choice: TransportChoice?, of disk: String) {
+        for reason in choice?.reasons ?? [] { downgrades.append("disk \(disk): not over \(reason)") }
     }
 }
 

@@ -13,8 +13,8 @@ extension GivenDisksPlace {
 
     /// The disks: those that were given, or else those that the inventory has.
     ///
-    /// - Throws: `.invalid` where neither is there, `.notFound` when the inventory has no such machine, or that it cannot
-    ///   be read.
+    /// - Throws: `.invalid` where neither is there, `.notFound` when the inventory has no such machine, or that it
+    ///   cannot be read.
     func found() throws(BlockError) -> Found {
         if !disks.isEmpty { return Found(disks: disks) }
         let doing = "backing up \(GivenDisks.scheme):\(name)"

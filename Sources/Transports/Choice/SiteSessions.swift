@@ -1,4 +1,4 @@
-// Sessions of the site's hosts for disks that are opened by their URIs: taken before, held for as long as they are open.
+// Sessions of the site's hosts for disks that are opened by their URIs: taken first, held for as long as they are open.
 public import Block
 import Glibc
 import LinuxIO
@@ -105,8 +105,8 @@ public enum SiteSessions {
         let figures = "\(holders.count) of \(limit.limit) sessions of the \(limit.key) are taken (\(limit.origin))"
         return BlockError(
             .denied,
-            "opening \(opening): \(figures), \(howLong): \(listed(holders)); end one of them, run fewer jobs at a time, "
-                + "or raise its sessionLimit in the inventory")
+            "opening \(opening): \(figures), \(howLong): \(listed(holders)); end one of them, run fewer jobs at a "
+                + "time, or raise its sessionLimit in the inventory")
     }
 
     private static func listed(_ holders: [HostSessions.Holder]) -> String {
