@@ -1,4 +1,6 @@
 // What a hypervisor tells of a virtual machine: its disks, whether they can be backed up, its configuration.
+public import Block
+public import Transports
 
 /// A virtual machine as its hypervisor describes it.
 public struct VirtualMachine: Sendable {
@@ -43,6 +45,11 @@ public struct VirtualDisk: Sendable {
     public var checkpoints: [String] = []
     /// Why it cannot be backed up; nil when it can.
     public var obstacle: String?
+    /// Why a run in which it takes part fails; nil where nothing is known to be wrong.
+    public var failure: BlockError?
+    /// The transport that it is read over, and why not over those that were wanted more; nil where that is not chosen
+    /// here.
+    public var choice: TransportChoice?
     /// Why only full backups of it are possible; nil when changes can be tracked.
     public var trackingObstacle: String?
 

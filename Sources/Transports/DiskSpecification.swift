@@ -23,6 +23,10 @@ public struct DiskSpecification: Sendable {
     public var alternatives: [SourceReference] = []
     /// The transports that may be used, in the order in which they are wanted; nil for the order of the sources.
     public var transports: TransportOrder?
+    /// What an inventory says of the disk; nil where it is of none.
+    public var site: SiteDisk?
+    /// The session that its source is opened in; nil for one that is taken with its opening.
+    var session: HostSession?
     /// How the source may be changed.
     public var access = Access.readOnly
     /// Number of the partition to take; nil for the whole disk.
@@ -52,9 +56,12 @@ public struct DiskSpecification: Sendable {
     ///
     /// - Throws: `BlockError` of whatever could not be opened.
     public func open() throws(BlockError) -> any BlockDevice {
-        if !alternatives.isEmpty || transports != nil { return try openChosen().opened }
+        if !alternatives.isEmpty || transports != nil || site?.findings.isEmpty == false {
+            return try openChosen().opened
+        }
         let source = fingerprints.isEmpty ? source : try source.pinned(to: fingerprints)
-        var device = try source.open(writable: access == .writable, imageDirectories: imageDirectories)
+        var device = try source.open(
+            writable: access == .writable, imageDirectories: imageDirectories, in: try takeSession())
         if !faults.isEmpty { device = FaultDevice(device, plan: FaultPlan(faults)) }
         if let partition { device = try openPartition(partition, of: device) }
         if offset > 0 || length != nil {
@@ -126,9 +133,13 @@ public struct DiskSpecification: Sendable {
 extension SourceReference {
     /// Opens what the reference names.
     ///
-    /// - Parameter imageDirectories: directories, besides an image's own, beneath which images may name other files.
+    /// - Parameters:
+    ///   - imageDirectories: directories, besides an image's own, beneath which images may name other files.
+    ///   - session: the session of its host, where one was taken; otherwise it is taken where there is a limit.
     /// - Throws: `BlockError` of the reason.
-    public func open(writable: Bool = false, imageDirectories: [String] = []) throws(BlockError) -> any BlockDevice {
+    public func open(writable: Bool = false, imageDirectories: [String] = [], in session: HostSession? = nil)
+        throws(BlockError) -> any BlockDevice
+    {
         switch kind {
         case .path(let path): return try openPath(path, writable: writable, imageDirectories: imageDirectories)
         case .memory(let size):
@@ -166,7 +177,9 @@ extension SourceReference {
             return try openDisk(file, try formatHint() ?? .guess(name: reference.target, isNodeOrRemote: true))
         case .hotAdd(let reference): return try openHotAdded(reference, writable: writable)
         case .nbd(let uri):
-            let device = try NBDDevice.open(uri, isWritable: writable)
+            var session = session
+            if session == nil { session = try SiteSessions.take(for: uri) }
+            let device = try NBDDevice.open(uri, isWritable: writable, keeping: session)
             // Its guest may have written what it begins like, and what an image names lies on the server.
             let file = ResolvedFile(device: device, identity: uri.description, resolver: nil)
             return try openDisk(file, try formatHint() ?? .guess(name: uri.exportName, isNodeOrRemote: true))

@@ -19,6 +19,7 @@ struct BackupCommand: ParsableCommand {
             """)
 
     @OptionGroup var machine: MachineArguments
+    @OptionGroup var site: SiteArguments
     @OptionGroup var state: StateArguments
     @OptionGroup var report: ReportArguments
 
@@ -31,10 +32,16 @@ struct BackupCommand: ParsableCommand {
     @Option(
         name: .customLong("or"),
         help: ArgumentHelp(
-            "Another source of such a disk, taken when those before it cannot be opened and read from. May be "
-                + "repeated.",
+            "Another source of such a disk, or of one of the inventory, taken when those before it cannot be opened "
+                + "and read from. May be repeated.",
             valueName: "id=source"))
     var others: [String] = []
+
+    @Option(
+        help: ArgumentHelp(
+            "For a machine disks:NAME: use these transports only, in this order: san:hotadd:nbdssl:nbd:file, or some "
+                + "of them.", valueName: "order"))
+    var transports: String?
 
     @Option(help: ArgumentHelp("The repository's directory; made where it is missing.", valueName: "directory"))
     var repository: String
@@ -108,9 +115,10 @@ struct BackupCommand: ParsableCommand {
     }
 
     func run() throws {
+        try site.apply()
         var request = BackupRequest(
-            machine: try Hypervisors.machine(machine.vm, withDisks: source, or: others), repository: repository,
-            stateDirectory: state.directory)
+            machine: try Hypervisors.machine(machine.vm, withDisks: source, or: others, transports: transports),
+            repository: repository, stateDirectory: state.directory)
         request.disks = DiskSelection(included: disk, excluded: exclude)
         request.isFull = full
         request.quiescing = quiesce

@@ -51,6 +51,7 @@ struct CheckCommand: ParsableCommand {
     func run() throws {
         let order = try transports.map { try TransportOrder($0) } ?? .standard
         guard let inventory else { return try checkMachine(order) }
+        try SiteInventory.use(inventory)
         var site = try Inventory.read(inventory)
         if site.proxy?.discover == true { site.discover(try MachineFacts.gather { HostProtection().rule() }) }
         let machines = try vm.map { [try site.machine(named: $0)] } ?? site.machines
@@ -59,7 +60,7 @@ struct CheckCommand: ParsableCommand {
             access(path, R_OK) == 0 ? nil : systemErrorText(errno)
         }
         let attempt: TransportPlan.Attempt = { (source, machine) throws(BlockError) in
-            try open(source, of: machine, in: site, sessions)
+            try open(source, of: machine, in: site)
         }
         if tries { try giveBackOnSignals() }
         var plan = try TransportPlan.current(rules, order: order, sessions: sessions)
@@ -74,20 +75,10 @@ struct CheckCommand: ParsableCommand {
     }
 
     /// Opens and reads a source, with a session of the machine's host where it comes from there.
-    private func open(
-        _ source: SourceReference, of machine: Inventory.Machine, in site: Inventory, _ sessions: HostSessions
-    ) throws(BlockError) {
-        var session: HostSession?
-        if source.transport == .nbd || source.transport == .nbdssl, let host = site.host(machine.host) {
-            let limits = SessionLimit.limits(of: host)
-            session = try sessions.take(limits, for: "\(machine.title): \(source)", seconds: 60)
-            if session == nil {
-                let names = limits.map(\.key).joined(separator: ", ")
-                throw BlockError(.denied, "opening \(source): all sessions of \(names) were taken for 60 s")
-            }
-        }
-        defer { withExtendedLifetime(session) {} }
-        try source.open().readEnds()
+    private func open(_ source: SourceReference, of machine: Inventory.Machine, in site: Inventory) throws(BlockError) {
+        var disk = DiskSpecification(source)
+        disk.site = SiteDisk(title: "a disk of \(machine.title)", host: site.host(machine.host), policy: site.policy)
+        try disk.open().readEnds()
     }
 
     // MARK: - A site

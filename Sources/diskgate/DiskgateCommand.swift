@@ -102,8 +102,10 @@ struct SourceArguments: ParsableArguments {
     @OptionGroup var alternatives: AlternativeArguments
     @OptionGroup var part: PartArguments
     @OptionGroup var trust: TrustArguments
+    @OptionGroup var site: SiteArguments
 
     func specification() throws -> DiskSpecification {
+        try site.apply()
         var disk = DiskSpecification(try SourceReference(source))
         disk.fingerprints = try trust.fingerprints()
         try alternatives.apply(to: &disk)
@@ -154,6 +156,18 @@ struct AlternativeArguments: ParsableArguments {
         disk.alternatives = try others.map { try SourceReference($0) }
         disk.transports = try transports.map { try TransportOrder($0) }
     }
+}
+
+/// What is known of the site.
+struct SiteArguments: ParsableArguments {
+    @Option(
+        help: ArgumentHelp(
+            "What is known of the site, as JSON: limits of sessions, machines (default: DISKGATE_INVENTORY, or "
+                + "/etc/diskgate/inventory.json where it is there).", valueName: "file"))
+    var inventory: String?
+
+    /// Makes it the inventory of this process.
+    func apply() throws { if let inventory { try SiteInventory.use(inventory) } }
 }
 
 /// Which part of a disk is meant.

@@ -45,6 +45,7 @@ func cancelOnSignal(_ cancellation: Cancellation) throws {
         _ = dg_signal_read(number)
         writeError("diskgate: stopping; once more ends it at once")
         cancellation.cancel()
+        SiteSessions.endWaiting()
         _ = dg_signal_read(number)
         // A third one waits for nothing.
         try? startThread(name: "release") {

@@ -23,9 +23,12 @@ struct MountCommand: ParsableCommand {
     @Flag(help: "Let the file system be changed, in scratch space that is gone with the mount.")
     var overlay = false
 
+    @OptionGroup var site: SiteArguments
     @OptionGroup var report: ReportArguments
 
     func run() throws {
+        // The server that is started goes by it, too.
+        try site.apply()
         let mount = try KernelMount.mount(
             .init(source: source, directory: directory, partition: partition, isOverlay: overlay))
         if report.json { return try printJSON(mount) }

@@ -16,6 +16,7 @@ struct RestoreCommand: ParsableCommand {
             """)
 
     @OptionGroup var arguments: PointArguments
+    @OptionGroup var site: SiteArguments
     @OptionGroup var report: ReportArguments
 
     @Argument(help: "A file, a directory, a block device or an NBD URI.")
@@ -53,6 +54,7 @@ struct RestoreCommand: ParsableCommand {
     }
 
     func run() throws {
+        try site.apply()
         let cancellation = Cancellation()
         try cancelOnSignal(cancellation)
         let (repository, point) = try arguments.find()

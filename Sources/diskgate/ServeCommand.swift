@@ -60,6 +60,7 @@ struct ServeCommand: ParsableCommand {
     @OptionGroup var alternatives: AlternativeArguments
     @OptionGroup var part: PartArguments
     @OptionGroup var trust: TrustArguments
+    @OptionGroup var site: SiteArguments
 
     @Option(help: ArgumentHelp("Show this size, cut off or with zeros at the end.", valueName: "bytes"))
     var size: ByteArgument?
@@ -158,6 +159,7 @@ struct ServeCommand: ParsableCommand {
     private func request() throws -> ServeRequest {
         let level: Logger.Level = quiet ? .error : verbose ? .info : .notice
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
+        try site.apply()
         let all = try sources.flatMap { try disk($0).sources }
         if all.contains(where: \.isHotAdded) {
             // A server waits for its end by itself, once it is one.

@@ -21,16 +21,6 @@ private struct RemoteSite {
     }
 }
 
-/// Ports of this machine that nobody listens on.
-private func freePorts(_ count: Int) throws -> [String] {
-    let script = """
-        import socket, sys
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]
-        for one in sockets: print(one.getsockname()[1])
-        """
-    return try Tool("python3").run(["-c", script, "\(count)"]).lines
-}
-
 @Suite struct BackupNetworkTests {
     @Test func `disks come over TLS, full and then what has changed`() throws {
         var remote = try RemoteSite()
@@ -70,6 +60,21 @@ private func freePorts(_ count: Int) throws -> [String] {
         #expect(try remote.site.machine.leftovers() == [] && remote.site.halves == [])
         try remote.site.requireBackup()
         #expect(try remote.site.restores("latest", to: try remote.site.machine.snapshot("now")))
+    }
+
+    @Test func `disks of a host of the inventory take its sessions`() throws {
+        var remote = try RemoteSite()
+        remote.site.uri += "&tls-creds=tls0&tls-certificates=\(try Certificates.made()["client"])"
+        var inventory = InventoryFile(in: remote.site.folder)
+        inventory.host = #""name": "lab", "addresses": ["127.0.0.1"], "kind": "qemu", "sessionLimit": 0"#
+        try inventory.store()
+        let refused = try remote.site.backup(environment: inventory.environment)
+        #expect(refused.status == 1 && refused.text.contains("a session of host lab: its limit is 0"), "\(refused)")
+        #expect(try remote.site.machine.leftovers() == [] && remote.site.doctor().status == 0)
+        inventory.host = #""name": "lab", "addresses": ["127.0.0.1"], "kind": "qemu", "sessionLimit": 1"#
+        try inventory.store()
+        let done = try remote.site.backup(environment: inventory.environment)
+        #expect(done.status == 0 && done.text.contains("over nbdssl"), "\(done)")
     }
 
     @Test func `what does not work over the network is refused, and says what does`() throws {

@@ -195,7 +195,7 @@ final class OpenDestination {
             if case .hotAdd(.image) = reference.kind { facts = "\(reference), \(disk.info.size) bytes" }
             try openForeign(CopyIdentity(source: source, scope: scope, target: facts), size, rules)
         case .nbd(let uri):
-            let disk = try NBDDevice.open(uri, isWritable: true)
+            let disk = try NBDDevice.openInSession(uri, isWritable: true)
             (target, device) = (DeviceTarget(disk), disk)
             let name = "\(uri), \(disk.info.size) bytes"
             try openForeign(CopyIdentity(source: source, scope: scope, target: name), size, rules)

@@ -34,11 +34,12 @@ public final class CopySource: Sendable {
 
     /// Opens the export of a server for copying.
     ///
-    /// - Throws: as `NBDDevice.open`.
+    /// - Throws: as `NBDDevice.openInSession`.
     public static func open(_ uri: NBDURI, identity: String? = nil) throws(BlockError) -> CopySource {
         var single = uri
         single.connectionsMax = 1
-        return CopySource(try NBDDevice.open(single), identity: identity, connectionsMax: uri.connectionsMax)
+        let device = try NBDDevice.openInSession(single)
+        return CopySource(device, identity: identity, connectionsMax: uri.connectionsMax)
     }
 
     /// Opens a disk for copying.
@@ -52,7 +53,9 @@ public final class CopySource: Sendable {
         let source = disk.fingerprints.isEmpty ? disk.source : try disk.source.pinned(to: disk.fingerprints)
         if isWhole, case .nbd(var uri) = source.kind, (uri.format ?? "raw") == "raw" {
             if !reconnects { uri.reconnectSeconds = 0 }
-            return try open(uri)
+            let connectionsMax = uri.connectionsMax
+            uri.connectionsMax = 1
+            return CopySource(try disk.openExport(uri), connectionsMax: connectionsMax)
         }
         let device = try disk.open()
         let part = "partition \(disk.partition ?? 0), from \(disk.offset), \(device.info.size) bytes"

@@ -35,6 +35,10 @@ struct BackupPlan {
         let isTracked = machine.hasHypervisor
         let (chosen, others) = try request.disks.choose(from: machine)
         leftOut = others
+        let failures = chosen.compactMap(\.failure)
+        if let first = failures.first {
+            throw BlockError(first.kind, failures.map(\.message).joined(separator: "; "))
+        }
         // A disk that was backed up before and cannot be now is not left out without a word.
         missed = others.filter { $0.disk.obstacle == $0.reason && known.contains($0.disk.id) }.map {
             "disk \($0.disk.id) is left out: \($0.reason)"

@@ -53,7 +53,10 @@ public final class BackupRun {
             report.warnings.append("there is no repository at \(request.repository) yet: it would be made")
         }
         let plan = try makePlan(machine, points, repository)
-        for disk in plan.disks { report.disks.append(RunReport.Disk(disk)) }
+        for disk in plan.disks {
+            report.disks.append(RunReport.Disk(disk))
+            report.noteChoice(disk.disk.choice, of: disk.disk.id)
+        }
         report.outcome = .planned
         return report
     }

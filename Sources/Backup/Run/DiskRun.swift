@@ -164,7 +164,7 @@ extension RunReport {
             transport: run.transport)
         disk.planned = run.planned
         disk.choice = run.choice
-        for reason in run.choice?.reasons ?? [] { downgrades.append("disk \(run.id): not over \(reason)") }
+        noteChoice(run.choice, of: run.id)
         if let sample = run.sample {
             disk.sample = Sample(
                 chunks: sample.chunks, clean: sample.clean, mismatches: UInt64(sample.mismatches.count))
@@ -173,6 +173,11 @@ extension RunReport {
         if let downgrade = run.downgrade { downgrades.append("disk \(run.id) is read whole: \(downgrade)") }
         for (point, reason) in run.suspects { warnings.append("point \(point.sequence) is suspect: \(reason)") }
     }
+
+    /// Notes why a disk does not come as it was wanted most.
+    mutating func noteChoice(_ choice: TransportChoice?, of disk: String) {
+        for reason in choice?.reasons ?? [] { downgrades.append("disk \(disk): not over \(reason)") }
+    }
 }
 
 extension RunReport.Disk {
@@ -180,7 +185,8 @@ extension RunReport.Disk {
     init(_ plan: BackupPlan.Disk) {
         self.init(
             id: plan.disk.id, size: plan.disk.size, level: plan.since == nil ? "full" : "incremental",
-            reason: plan.reason, transport: "nbd")
+            reason: plan.reason, transport: plan.disk.choice?.chosen?.rawValue ?? "nbd")
+        choice = plan.disk.choice
     }
 
     /// Notes what a copy did.

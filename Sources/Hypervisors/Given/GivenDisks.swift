@@ -12,6 +12,8 @@ final class GivenDisks: Provider {
     private let place: GivenDisksPlace
     /// What is open already: a disk that is added for its backup is added once, not for each look at it.
     private let opened = Locked<[String: OpenDisk]>([:])
+    /// The disks and where they are: an inventory is asked once.
+    private let known = Locked<GivenDisksPlace.Found?>(nil)
 
     /// A disk that is open, from the source that was taken.
     fileprivate struct OpenDisk {
@@ -27,15 +29,38 @@ final class GivenDisks: Provider {
         name = "\(Self.scheme):\(place.name)"
     }
 
-    func identify() throws(BlockError) -> (id: String, name: String) { (name, place.name) }
+    func identify() throws(BlockError) -> (id: String, name: String) {
+        // Before anything is made for a machine that nobody knows.
+        _ = try found()
+        return (name, place.name)
+    }
+
+    private func found() throws(BlockError) -> GivenDisksPlace.Found {
+        try known.withLock { (known) throws(BlockError) in
+            if let known { return known }
+            let found = try place.found()
+            known = found
+            return found
+        }
+    }
 
     func inspect() throws(BlockError) -> VirtualMachine {
         var machine = VirtualMachine(id: name, name: place.name, isRunning: false)
         machine.hasHypervisor = false
-        for disk in try open(place.disks) {
-            let info = disk.device.info
-            var described = VirtualDisk(
-                id: disk.id, size: info.size, name: disk.source.description, format: info.format)
+        let disks = try found().disks
+        for (disk, result) in zip(disks, open(disks)) {
+            var described: VirtualDisk
+            switch result {
+            case .success(let opened):
+                let info = opened.device.info
+                described = VirtualDisk(
+                    id: disk.id, size: info.size, name: opened.source.description, format: info.format)
+                described.choice = opened.choice
+            case .failure(let error):
+                // It may be one that is left out.
+                described = VirtualDisk(id: disk.id, size: disk.capacity ?? 0, name: disk.name, format: "raw")
+                described.failure = error
+            }
             described.trackingObstacle = "nobody tells what changes on it"
             machine.disks.append(described)
         }
@@ -44,21 +69,37 @@ final class GivenDisks: Provider {
 
     /// Opens disks that are not open yet; those that have to be added to this proxy first are added together, unless
     /// there are other ways to them.
-    private func open(_ disks: [GivenDisksPlace.Disk]) throws(BlockError) -> [OpenDisk] {
-        try opened.withLock { (opened) throws(BlockError) in
-            let missing = disks.filter { opened[$0.id] == nil }
-            let single = missing.filter(\.others.isEmpty)
-            for (disk, device) in zip(single, try SourceReference.open(single.map(\.source))) {
-                opened[disk.id] = OpenDisk(id: disk.id, source: disk.source, device: device)
+    ///
+    /// - Returns: for each disk, in their order, what was opened or why that failed.
+    private func open(_ disks: [GivenDisksPlace.Disk]) -> [Result<OpenDisk, BlockError>] {
+        opened.withLock { opened in
+            var failures: [String: BlockError] = [:]
+            var added: [(disk: GivenDisksPlace.Disk, source: SourceReference, choice: TransportChoice?)] = []
+            for disk in disks where opened[disk.id] == nil {
+                do throws(BlockError) {
+                    let specification = try disk.specification.get()
+                    let hasChoice = specification.sources.count > 1 || specification.site != nil
+                    if let only = try specification.only(), case .hotAdd(.image) = only.source.kind {
+                        added.append((disk, only.source, hasChoice ? only.choice : nil))
+                        continue
+                    }
+                    let chosen = try specification.openChosen()
+                    opened[disk.id] = OpenDisk(
+                        id: disk.id, source: chosen.disk.source, device: chosen.opened,
+                        choice: hasChoice ? chosen.choice : nil)
+                } catch { failures[disk.id] = error }
             }
-            for disk in missing where !disk.others.isEmpty {
-                var specification = DiskSpecification(disk.source)
-                specification.alternatives = disk.others
-                let chosen = try specification.openChosen()
-                opened[disk.id] = OpenDisk(
-                    id: disk.id, source: chosen.disk.source, device: chosen.opened, choice: chosen.choice)
+            do throws(BlockError) {
+                for (wanted, device) in zip(added, try SourceReference.open(added.map(\.source))) {
+                    opened[wanted.disk.id] = OpenDisk(
+                        id: wanted.disk.id, source: wanted.source, device: device, choice: wanted.choice)
+                }
+            } catch { for wanted in added { failures[wanted.disk.id] = error } }
+            return disks.map { disk in
+                if let open = opened[disk.id] { return .success(open) }
+                return .failure(
+                    failures[disk.id] ?? BlockError(.notFound, "backing up \(name): the disk \(disk.id) is not open"))
             }
-            return disks.compactMap { opened[$0.id] }
         }
     }
 
@@ -69,17 +110,19 @@ final class GivenDisks: Provider {
                 "backing up \(name): its file systems cannot be frozen from here: freeze them when the snapshot is "
                     + "made, and say quiesced=yes instead of --quiesce required")
         }
+        let found = try found()
         var chosen: [GivenDisksPlace.Disk] = []
         for wanted in request.disks {
-            guard let disk = place.disks.first(where: { $0.id == wanted.id }) else {
+            guard let disk = found.disks.first(where: { $0.id == wanted.id }) else {
                 throw BlockError(.notFound, "backing up \(name): there is no disk \(wanted.id)")
             }
             chosen.append(disk)
         }
-        let disks = try open(chosen)
+        var disks: [OpenDisk] = []
+        for result in open(chosen) { disks.append(try result.get()) }
         // What does not take part is given back now, the rest with the session.
         opened.withLock { $0.removeAll() }
-        return GivenDisksSession(place, disks)
+        return GivenDisksSession(place, disks, warnings: found.warnings)
     }
 
     func settle(_ obligation: Obligation, adopted: Bool) throws(BlockError) {
@@ -105,7 +148,7 @@ private final class GivenDisksSession: SnapshotSession {
     private let name: String
     private let held: Locked<[SnapshotDisk]>
 
-    init(_ place: GivenDisksPlace, _ disks: [GivenDisks.OpenDisk]) {
+    init(_ place: GivenDisksPlace, _ disks: [GivenDisks.OpenDisk], warnings known: [String]) {
         name = place.name
         let doubtful = disks.filter { $0.source.parameter("inconsistent") == "yes" }.map(\.id)
         switch place.moment {
@@ -114,7 +157,7 @@ private final class GivenDisksSession: SnapshotSession {
         case .offline: consistency = .offline
         case .snapshot(_, let isQuiesced): consistency = isQuiesced ? .quiesced : .crashConsistent
         }
-        var warnings: [String] = []
+        var warnings = known
         if case .snapshot(let snapshot, _) = place.moment {
             warnings.append("the disks are of the snapshot \(snapshot), by the word of who started this run")
         }

@@ -3,7 +3,8 @@ public import Block
 import Transports
 
 /// A machine whose disks the user names, since no hypervisor is asked: `disks:NAME?snapshot=TEXT&disk=ID=SOURCE&...`,
-/// with `or=ID=SOURCE` for another way to a disk.
+/// with `or=ID=SOURCE` for another way to a disk. Without any `disk=` the disks are those of the machine NAME of an
+/// inventory.
 struct GivenDisksPlace: Sendable {
     /// What the disks are, by the user's word.
     enum Moment: Sendable, Equatable {
@@ -18,27 +19,48 @@ struct GivenDisksPlace: Sendable {
     /// The machine's name.
     let name: String
     let moment: Moment
-    /// The disks by their ids, in the user's order.
+    /// The disks by their ids, in the user's order; none where an inventory has them.
     let disks: [Disk]
+    /// The inventory's path; nil for the site's.
+    let inventory: String?
+    /// Other sources of disks that an inventory has, by the disks' ids.
+    let additions: [(id: String, source: SourceReference)]
+    /// The transports that may be used, in the order in which they are wanted; nil where nobody has said.
+    let transports: TransportOrder?
 
-    /// A disk, with its sources in the order in which they are to be tried.
+    /// A disk.
     struct Disk: Sendable {
         let id: String
-        let source: SourceReference
-        var others: [SourceReference] = []
+        /// What it is to people, where it cannot be opened.
+        let name: String
+        /// Where it is, or what is wrong with what is said of that.
+        let specification: Result<DiskSpecification, BlockError>
+        /// Bytes, where an inventory says so.
+        var capacity: UInt64?
     }
 
     /// Takes a URI apart.
     ///
     /// - Throws: `.invalid`, which says what is wrong or not stated.
     init(_ uri: MachineURI) throws(BlockError) {
-        try uri.allow(["snapshot", "quiesced", "offline", "inconsistent", "disk", "or"])
+        try uri.allow([
+            "snapshot", "quiesced", "offline", "inconsistent", "disk", "or", "inventory", "transports",
+        ])
         if uri.body.isEmpty || uri.body.utf8.count > 200 || uri.body.contains("/") {
             throw uri.bad("give the machine a name of 1 to 200 bytes, without slashes")
         }
         name = uri.body
         moment = try Self.moment(uri)
-        disks = try Self.disks(uri)
+        inventory = uri.parameter("inventory")
+        transports = try uri.parameter("transports").map { (text) throws(BlockError) in try TransportOrder(text) }
+        let hasDisks = uri.parameters.contains { $0.key == "disk" }
+        if hasDisks && inventory != nil {
+            throw uri.bad(
+                "its disks are those of the inventory: leave out inventory=, or --source; --or adds a source to a disk "
+                    + "of the inventory")
+        }
+        disks = hasDisks ? try Self.disks(uri, transports) : []
+        additions = hasDisks ? [] : try Self.pairs(uri).map { ($0.id, $0.source) }
     }
 
     private static func moment(_ uri: MachineURI) throws(BlockError) -> Moment {
@@ -59,27 +81,40 @@ struct GivenDisksPlace: Sendable {
         return isOffline ? .offline : .inconsistent
     }
 
-    private static func disks(_ uri: MachineURI) throws(BlockError) -> [Disk] {
-        var disks: [Disk] = []
+    /// What is said of disks, in order.
+    private static func pairs(_ uri: MachineURI) throws(BlockError) -> [(
+        key: String, id: String, source: SourceReference
+    )] {
+        var pairs: [(key: String, id: String, source: SourceReference)] = []
         for (key, value) in uri.parameters.filter({ $0.key == "disk" || $0.key == "or" }) {
             let sides = value.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
             guard sides.count == 2, !sides[0].isEmpty, !sides[1].isEmpty else {
                 throw uri.bad("the disk \(value) is no ID=SOURCE")
             }
-            let id = String(sides[0])
-            let source = try SourceReference(String(sides[1]))
+            pairs.append((key, String(sides[0]), try SourceReference(String(sides[1]))))
+        }
+        return pairs
+    }
+
+    private static func disks(_ uri: MachineURI, _ transports: TransportOrder?) throws(BlockError) -> [Disk] {
+        var disks: [(id: String, specification: DiskSpecification)] = []
+        for (key, id, source) in try pairs(uri) {
+            let index = disks.firstIndex { $0.id == id }
             if key == "or" {
-                guard let index = disks.firstIndex(where: { $0.id == id }) else {
+                guard let index else {
                     throw uri.bad("another source of the disk \(id) comes before its first, or it has none")
                 }
-                disks[index].others.append(source)
+                disks[index].specification.alternatives.append(source)
                 continue
             }
-            if disks.contains(where: { $0.id == id }) { throw uri.bad("there are two disks \(id)") }
-            disks.append(Disk(id: id, source: source))
+            if index != nil { throw uri.bad("there are two disks \(id)") }
+            var specification = DiskSpecification(source)
+            specification.transports = transports
+            disks.append((id, specification))
         }
-        if disks.isEmpty { throw uri.bad("it has no disks: give --source ID=SOURCE for each") }
-        return disks
+        return disks.map { id, specification in
+            Disk(id: id, name: specification.source.description, specification: .success(specification))
+        }
     }
 }
 
@@ -88,19 +123,22 @@ extension Hypervisors {
     ///
     /// - Parameters:
     ///   - sources: ID=SOURCE each.
-    ///   - others: ID=SOURCE for other sources of these disks.
+    ///   - others: ID=SOURCE for other sources of these disks, or of those of an inventory.
+    ///   - transports: the transports that may be used, in the order in which they are wanted.
     /// - Throws: `.invalid` where the machine is one that a hypervisor knows.
-    public static func machine(_ text: String, withDisks sources: [String], or others: [String] = [])
-        throws(BlockError) -> String
-    {
-        if sources.isEmpty && others.isEmpty { return text }
+    public static func machine(
+        _ text: String, withDisks sources: [String], or others: [String] = [], transports: String? = nil
+    ) throws(BlockError) -> String {
+        if sources.isEmpty && others.isEmpty && transports == nil { return text }
         if !text.lowercased().hasPrefix("\(GivenDisks.scheme):") {
             throw BlockError(
                 .invalid,
-                "opening the machine \(text): its hypervisor knows its disks; --source is for machines disks:NAME")
+                "opening the machine \(text): its hypervisor knows its disks; --source, --or and --transports are for "
+                    + "machines disks:NAME")
         }
         var result = text
-        for (key, source) in sources.map({ ("disk", $0) }) + others.map({ ("or", $0) }) {
+        let order = transports.map { [("transports", $0)] } ?? []
+        for (key, source) in sources.map({ ("disk", $0) }) + others.map({ ("or", $0) }) + order {
             let escaped = source.utf8.map { byte -> String in
                 let isPlain = byte > 32 && byte < 127 && !Array("%&?#".utf8).contains(byte)
                 let digits = String(byte, radix: 16)

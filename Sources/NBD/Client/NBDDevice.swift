@@ -11,6 +11,8 @@ public final class NBDDevice: BlockDevice {
     public let info: DeviceInfo
     let remote: RemoteExport
     private let handle: SourceHandle
+    /// What whoever opened it wants to last for as long as it, or any other connection to the same disk, is open.
+    private let owner: (any Sendable)?
 
     /// The most bytes of one read or write here, so that several are on their way and a long one does not hold up
     /// others.
@@ -18,16 +20,23 @@ public final class NBDDevice: BlockDevice {
 
     /// Connects to the export that a URI names.
     ///
-    /// - Parameter isWritable: whether it is to be changed; if not, nothing is ever written.
+    /// - Parameters:
+    ///   - isWritable: whether it is to be changed; if not, nothing is ever written.
+    ///   - owner: kept for as long as the disk is open, however often its connections are made again.
     /// - Throws: `BlockError`: no connection (as `ClientConnector.connect`), no bytes, or `.readOnly` when it is to be
     ///   changed and the server does not allow that.
-    public static func open(_ uri: NBDURI, isWritable: Bool = false) throws(BlockError) -> NBDDevice {
+    public static func open(_ uri: NBDURI, isWritable: Bool = false, keeping owner: (any Sendable)? = nil)
+        throws(BlockError) -> NBDDevice
+    {
         let connector = try ClientConnector(uri)
-        return try NBDDevice(connector, first: try connector.connect(), isWritable: isWritable)
+        return try NBDDevice(connector, first: try connector.connect(), isWritable: isWritable, keeping: owner)
     }
 
     /// A disk on a connection that is made.
-    init(_ connector: ClientConnector, first: ClientChannel, isWritable: Bool) throws(BlockError) {
+    init(
+        _ connector: ClientConnector, first: ClientChannel, isWritable: Bool, keeping owner: (any Sendable)? = nil
+    ) throws(BlockError) {
+        self.owner = owner
         let agreement = first.agreement
         let uri = connector.uri
         if agreement.size == 0 { throw BlockError(.invalid, "opening \(uri): the export has no bytes") }
@@ -155,6 +164,6 @@ public final class NBDDevice: BlockDevice {
     /// - Throws: `BlockError`: no connection within that time, or it leads to another disk.
     public func another(seconds: Int) throws(BlockError) -> NBDDevice {
         let (connector, channel) = try remote.pool.connectApart(seconds: seconds)
-        return try NBDDevice(connector, first: channel, isWritable: !info.isReadOnly)
+        return try NBDDevice(connector, first: channel, isWritable: !info.isReadOnly, keeping: owner)
     }
 }

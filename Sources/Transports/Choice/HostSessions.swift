@@ -35,11 +35,12 @@ public struct HostSessions: Sendable {
     /// - Parameters:
     ///   - purpose: what for, in one line.
     ///   - seconds: how long to wait for others to end theirs.
+    ///   - isEnding: whether not to wait any longer.
     /// - Returns: nil when all are taken for so long.
     /// - Throws: `BlockError` when the files cannot be made or locked, `.unsupported` for a limit of none at all.
-    public func take(_ limits: [SessionLimit], for purpose: String, seconds: Double = 0) throws(BlockError)
-        -> HostSession?
-    {
+    public func take(
+        _ limits: [SessionLimit], for purpose: String, seconds: Double = 0, isEnding: () -> Bool = { false }
+    ) throws(BlockError) -> HostSession? {
         if let none = limits.first(where: { $0.limit < 1 }) {
             throw BlockError(.unsupported, "opening a session of \(none.key): its limit is 0 (\(none.origin))")
         }
@@ -52,7 +53,7 @@ public struct HostSessions: Sendable {
             }
             if locks.count == limits.count { return HostSession(locks) }
             locks.removeAll()
-            if monotonicSeconds() >= end { return nil }
+            if monotonicSeconds() >= end || isEnding() { return nil }
             usleep(50_000)
         }
     }

@@ -162,6 +162,8 @@ extension Inventory {
     /// A host.
     public struct Host: Codable, Sendable, Equatable {
         public var name: String
+        /// Other names and addresses that sources reach it by, besides its name.
+        public var addresses: [String]?
         public var kind: HostKind?
         /// As the host tells it: 7.0.3.
         public var version: String?
@@ -250,7 +252,7 @@ extension Inventory {
         public var rawMapping: RawMapping?
         /// The worldwide name of the LUN that it is mapped to.
         public var lun: String?
-        /// Sources that name it, one for a transport, for `check --try`.
+        /// Sources that name it, for backups of its machine and for `check --try`.
         public var sources: [String]?
 
         /// Whether snapshots leave it out.
@@ -311,6 +313,8 @@ public struct ChoicePolicy: Codable, Sendable, Equatable {
     public var allowsHotAddAcrossHostsOnNFS: Bool?
     /// Whether a disk may wait for a session of its host; otherwise a host whose sessions are all taken is excluded.
     public var waitsForSessions: Bool?
+    /// For how many seconds a disk waits for a session.
+    public var sessionWaitSeconds: Int?
 
     /// No wishes.
     public init() {}

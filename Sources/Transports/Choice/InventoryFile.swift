@@ -30,6 +30,16 @@ extension Inventory {
                 throw BlockError(.corrupt, "reading the inventory \(name): there are two \(kind) called \(twice)")
             }
         }
+        var owners: [String: String] = [:]
+        for host in hosts {
+            for address in host.places {
+                if let other = owners.updateValue(host.name, forKey: address), other != host.name {
+                    throw BlockError(
+                        .corrupt,
+                        "reading the inventory \(name): the hosts \(other) and \(host.name) are both at \(address)")
+                }
+            }
+        }
     }
 
     /// The machine of an id or name.

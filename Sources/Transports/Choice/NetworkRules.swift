@@ -131,8 +131,12 @@ extension TransportRules {
         return findings
     }
 
-    /// The path by which this machine reads a disk's file; nil where there is none.
+    /// The path by which this machine reads a disk's file: that of a source where one is said, else by what is mounted
+    /// here; nil where there is none.
     func localPath(of disk: Inventory.Disk) -> String? {
+        for text in disk.sources ?? [] {
+            if case .path(let path) = (try? SourceReference(text))?.kind { return path }
+        }
         guard let file = disk.file else { return nil }
         if file.hasPrefix("/") { return file }
         guard let place = Inventory.Disk.place(file), let mount = inventory.datastore(place.datastore)?.mount else {

@@ -30,10 +30,10 @@ extension DiskSpecification {
     ) throws(BlockError) -> Chosen<Opened> {
         var (candidates, sources) = try orderedSources()
         if candidates.count == 1, let source = sources[0] {
-            let disk = with(source)
             return Chosen(
-                opened: try open(disk), disk: disk,
-                choice: TransportChoice(disk: source.description, position: 1, candidates: candidates))
+                opened: try open(try inSession(source)), disk: with(source),
+                choice: TransportChoice(
+                    disk: title, position: 1, candidates: candidates))
         }
         var (unproven, failed): (String?, String?)
         var size: (bytes: UInt64, name: String)?
@@ -57,8 +57,10 @@ extension DiskSpecification {
                             + "that; --transports with nbd in its order takes clear text all the same"))
                 continue
             }
+            var hasSession = false
             do throws(BlockError) {
-                let disk = with(source)
+                let disk = try inSession(source)
+                hasSession = true
                 let opened = try open(disk)
                 let found = device(opened)
                 if let size, size.bytes != found.info.size {
@@ -71,18 +73,33 @@ extension DiskSpecification {
                 try found.readEnds()
                 candidates[index].findings.append(Finding("\(name).tried", .ok, "it was opened and read from"))
                 return Chosen(
-                    opened: opened, disk: disk,
-                    choice: TransportChoice(disk: self.source.description, position: index + 1, candidates: candidates))
+                    opened: opened, disk: with(source),
+                    choice: TransportChoice(disk: title, position: index + 1, candidates: candidates))
             } catch {
-                if source.transport == .nbdssl {
+                // That others have all sessions says nothing about the server.
+                if source.transport == .nbdssl && hasSession {
                     failed = failed ?? source.description
                     if error.kind == .denied { unproven = unproven ?? source.description }
                 }
                 candidates[index].findings.append(Finding("\(name).tried", .excluded, error.message))
             }
         }
-        throw TransportChoice(disk: source.description, position: nil, candidates: candidates).failure
+        throw TransportChoice(disk: title, position: nil, candidates: candidates).failure
     }
+
+    /// The one source that is left where the orders and rules have left out all others, with its choice; nil where
+    /// several may be tried.
+    ///
+    /// - Throws: `.notFound` with the reasons where none is left.
+    public func only() throws(BlockError) -> (source: SourceReference, choice: TransportChoice)? {
+        let (candidates, sources) = try orderedSources()
+        let left = sources.enumerated().compactMap { index, source in source.map { (index, $0) } }
+        guard left.count == 1, let (index, source) = left.first else { return nil }
+        return (source, TransportChoice(disk: title, position: index + 1, candidates: candidates))
+    }
+
+    /// How people call the disk.
+    private var title: String { site?.title ?? source.description }
 
     /// All sources in the order in which they are to be tried; those that are not to be tried have none, and come last.
     private func orderedSources() throws(BlockError) -> ([TransportCandidate], [SourceReference?]) {
@@ -103,11 +120,25 @@ extension DiskSpecification {
             wanted.append((rank, place, source))
         }
         wanted.sort { ($0.rank, $0.place) < ($1.rank, $1.place) }
-        let candidates = wanted.map { TransportCandidate($0.source.transport, source: $0.source.description) } + left
-        if wanted.isEmpty {
-            throw TransportChoice(disk: source.description, position: nil, candidates: candidates).failure
+        let ordered = wanted.map { candidate($0.source) }
+        let tried = zip(ordered, wanted).map { $0.verdict == .excluded ? nil : $1.source }
+        if tried.allSatisfy({ $0 == nil }) {
+            throw TransportChoice(disk: title, position: nil, candidates: ordered + left).failure
         }
-        return (candidates, wanted.map(\.source) + left.map { _ in nil })
+        return (ordered + left, tried + left.map { _ in nil })
+    }
+
+    /// A source, with what the rules say of its transport.
+    private func candidate(_ source: SourceReference) -> TransportCandidate {
+        let findings = source.transport.flatMap { site?.findings[$0] } ?? []
+        return TransportCandidate(source.transport, source: source.description, findings: findings)
+    }
+
+    /// The disk with one source only, in a session where that takes one.
+    private func inSession(_ source: SourceReference) throws(BlockError) -> DiskSpecification {
+        var disk = with(source)
+        disk.session = try disk.takeSession()
+        return disk
     }
 
     /// The disk with one source only. Certificates are for those that have some.
@@ -116,6 +147,7 @@ extension DiskSpecification {
         disk.source = source
         disk.alternatives = []
         disk.transports = nil
+        disk.site?.findings = [:]
         if !alternatives.isEmpty && source.transport != .nbdssl { disk.fingerprints = [] }
         return disk
     }

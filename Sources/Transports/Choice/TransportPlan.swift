@@ -56,6 +56,30 @@ public struct TransportPlan: Sendable {
         }
     }
 
+    /// What the rules say of each disk of a machine over the transports that it has sources of, in the order of the
+    /// disks. Of what runs out, each disk takes what the first transport needs that the rules allow.
+    ///
+    /// - Parameter sources: all sources of a disk.
+    public func findings(
+        for machine: Inventory.Machine, sources: (Inventory.Disk) -> [SourceReference]
+    ) -> [[TransportKind: [Finding]]] {
+        var usage = TransportRules.Usage()
+        usage.sessions = sessions
+        return machine.disks.map { disk in
+            let wanted = Set(sources(disk).compactMap(\.transport))
+            var findings: [TransportKind: [Finding]] = [:]
+            var isTaken = false
+            for kind in order.kinds where wanted.contains(kind) {
+                let found = rules.findings(kind, disk, of: machine, usage: usage)
+                findings[kind] = found
+                if isTaken || found.contains(where: { $0.verdict == .excluded }) { continue }
+                take(kind, machine, &usage)
+                isTaken = true
+            }
+            return findings
+        }
+    }
+
     /// The source that names a disk over a transport, where the inventory has one.
     private func source(of disk: Inventory.Disk, _ transport: TransportKind) -> String? {
         (disk.sources ?? []).first { (try? SourceReference($0))?.transport == transport }

@@ -26,6 +26,13 @@ final class Peer {
         return try Peer("nbdkit", ["-f", "-U", socket] + arguments, socket: socket)
     }
 
+    /// nbdkit at a port of this machine. The file that tells when it listens takes the socket's place.
+    static func nbdkit(port: String, _ arguments: String..., in folder: Folder) throws -> Peer {
+        let started = folder.file("nbdkit-\(port)")
+        let words = ["-f", "-i", "127.0.0.1", "-p", port, "-P", started]
+        return try Peer("nbdkit", words + arguments, socket: started)
+    }
+
     /// Starts it, again after `kill`.
     func start() throws {
         pid = try tool.start(arguments, output: errors, errors: errors)
@@ -67,4 +74,14 @@ final class Peer {
         kill()
         close(errors)
     }
+}
+
+/// Ports of this machine that nobody listens on.
+func freePorts(_ count: Int) throws -> [String] {
+    let script = """
+        import socket, sys
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(int(sys.argv[1]))]
+        for one in sockets: print(one.getsockname()[1])
+        """
+    return try Tool("python3").run(["-c", script, "\(count)"]).lines
 }
