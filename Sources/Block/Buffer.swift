@@ -15,8 +15,8 @@ public struct Buffer: ~Copyable, @unchecked Sendable {
     ///
     /// - Parameters:
     ///   - count: bytes, at least 1.
-    ///   - inHugePages: whether it lies in huge pages, where it fills any and the system has them. That is for what goes
-    ///     to storage around the page cache, in large pieces: a request takes a limited number of pieces of memory
+    ///   - inHugePages: whether it lies in huge pages, where it fills any and the system has them. That is for what is
+    ///     stored around the page cache, in large pieces: a request takes a limited number of pieces of memory
     ///     (`max_segments` of the device's queue, often 126 or 254), so that from ordinary pages 1 MiB is several.
     public init(count: Int, inHugePages: Bool = false) {
         precondition(count > 0)

@@ -195,7 +195,8 @@ public final class Copier: Sendable {
     }
 
     private func startWorkers() throws(BlockError) {
-        let count = target.isSequential ? 1 : min(options.workers ?? source.workersByDefault(for: target), source.workersMax)
+        let wanted = options.workers ?? source.workersByDefault(for: target)
+        let count = target.isSequential ? 1 : min(wanted, source.workersMax)
         let (crew, source) = (crew, source)
         guard crew.join() else { return }
         do throws(BlockError) {
