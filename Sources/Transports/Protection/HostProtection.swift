@@ -64,7 +64,7 @@ public struct HostProtection: Sendable {
 
     /// The disks that the rule is about.
     func scsiDisks() throws(BlockError) -> [AttachedDisk] {
-        try inventory.disks().filter { $0.address != nil && $0.name.hasPrefix("sd") }
+        try inventory.disks().filter(\.isSubjectToRule)
     }
 
     // MARK: - Checking
