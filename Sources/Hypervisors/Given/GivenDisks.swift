@@ -42,24 +42,51 @@ final class GivenDisks: Provider {
         return machine
     }
 
-    /// Opens disks that are not open yet; those that have to be added to this proxy first are added together, unless
-    /// there are other ways to them.
+    /// Opens disks that are not open yet; those that have to be added to this proxy first are added together.
     private func open(_ disks: [GivenDisksPlace.Disk]) throws(BlockError) -> [OpenDisk] {
         try opened.withLock { (opened) throws(BlockError) in
             let missing = disks.filter { opened[$0.id] == nil }
             let single = missing.filter(\.others.isEmpty)
-            for (disk, device) in zip(single, try SourceReference.open(single.map(\.source))) {
+            var added = try addTogether(missing)
+            if added.isEmpty {
+                for (disk, device) in zip(single, try SourceReference.open(single.map(\.source))) {
+                    added[disk.id] = device
+                }
+            }
+            for disk in single {
+                guard let device = added[disk.id] else { continue }
                 opened[disk.id] = OpenDisk(id: disk.id, source: disk.source, device: device)
             }
             for disk in missing where !disk.others.isEmpty {
                 var specification = DiskSpecification(disk.source)
                 specification.alternatives = disk.others
-                let chosen = try specification.openChosen()
+                // The first source is tried first: it is open already where it was added with the others.
+                var ready = added.removeValue(forKey: disk.id)
+                let chosen = try specification.openFirst(
+                    { (wanted) throws(BlockError) in
+                        defer { ready = nil }
+                        if let ready { return ready }
+                        return try wanted.open()
+                    }, device: { $0 })
                 opened[disk.id] = OpenDisk(
                     id: disk.id, source: chosen.disk.source, device: chosen.opened, choice: chosen.choice)
             }
             return disks.compactMap { opened[$0.id] }
         }
+    }
+
+    /// Opens the disks without other ways to them, and those whose first source has to be added to this proxy, all that
+    /// have to be added in one request.
+    ///
+    /// - Returns: what was opened, by the disks' ids; nothing where no disk with other ways is to be added with others,
+    ///   or where that was tried and one of them cannot be: then each takes its own way.
+    private func addTogether(_ disks: [GivenDisksPlace.Disk]) throws(BlockError) -> [String: any BlockDevice] {
+        let images = disks.filter { if case .hotAdd(.image) = $0.source.kind { true } else { false } }
+        guard images.count > 1, images.contains(where: { !$0.others.isEmpty }) else { return [:] }
+        let ids = Set(images.map(\.id))
+        let together = disks.filter { $0.others.isEmpty || ids.contains($0.id) }
+        guard let devices = try? SourceReference.open(together.map(\.source)) else { return [:] }
+        return Dictionary(zip(together.map(\.id), devices)) { first, _ in first }
     }
 
     func begin(_ request: SnapshotRequest, ledger: RunLedger) throws(BlockError) -> any SnapshotSession {
