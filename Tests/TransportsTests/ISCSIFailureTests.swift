@@ -92,6 +92,23 @@ import Transports
         }
     }
 
+    @Test func answerWithoutEndIsLeft() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            let path = try file(directory, "lun")
+            let content = try contentOfFile(path)
+            try target.add(path)
+            let relay = try ISCSIRelay(to: target.port, spoiling: 2048, .floods)
+            defer { relay.stop() }
+            let uri = target.uri(1, "reconnect=60&timeout=600").replacing(":\(target.port)/", with: ":\(relay.port)/")
+            let device = try SourceReference(uri).open()
+            let error = #expect(throws: BlockError.self) { _ = try readBytes(device, at: 1 << 20, count: 65536) }
+            #expect(error?.message.contains("more than it was asked for") == true, "\(String(describing: error))")
+            let other = try readBytes(device, at: 2 << 20, count: 65536)
+            try requireEqual(other, Array(content[(2 << 20)...].prefix(65536)), "beside it")
+        }
+    }
+
     @Test(arguments: [ISCSIRelay.Fault.closes, .shortens])
     func readThatTheTargetFailsAtEnds(fault: ISCSIRelay.Fault) throws {
         try withTemporaryDirectory { directory in
