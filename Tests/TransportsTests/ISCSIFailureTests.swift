@@ -109,6 +109,29 @@ import Transports
         }
     }
 
+    @Test func namelessUnitIsNotTakenForTheSameAfterALoss() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            try target.add(try file(directory, "lun"))
+            let relay = try ISCSIRelay(to: target.port, spoiling: 2048, .closesNameless)
+            defer { relay.stop() }
+            let uri = target.uri(1, "reconnect=60&timeout=20").replacing(":\(target.port)/", with: ":\(relay.port)/")
+            let device = try SourceReference(uri).open()
+            #expect(!device.info.identity.contains { $0.key == "wwn" || $0.key == "serial" })
+            _ = try readBytes(device, at: 2 << 20, count: 65536)
+            for offset in [1 << 20, 2 << 20] {
+                let error = #expect(throws: BlockError.self) {
+                    _ = try readBytes(device, at: UInt64(offset), count: 4096)
+                }
+                #expect(error?.kind == .changed && error?.message.contains("neither a worldwide name nor") == true)
+            }
+            let spoiled = relay.spoiled.load(ordering: .relaxed)
+            #expect(spoiled == 1)
+            // Opened anew, it is read.
+            _ = try readBytes(try SourceReference(uri).open(), at: 2 << 20, count: 4096)
+        }
+    }
+
     @Test(arguments: [ISCSIRelay.Fault.closes, .shortens])
     func readThatTheTargetFailsAtEnds(fault: ISCSIRelay.Fault) throws {
         try withTemporaryDirectory { directory in

@@ -14,6 +14,8 @@ final class ISCSIRelay: Sendable {
         case shortens
         /// The target is not asked; pieces of an answer come without end.
         case floods
+        /// As `closes`; and the unit tells none of its pages, so that nothing names it.
+        case closesNameless
     }
 
     /// Bytes of a flood, where nobody ends it.
@@ -83,6 +85,10 @@ final class ISCSIRelay: Sendable {
 
     /// The message to pass on; nil to close.
     private func spoil(_ message: [UInt8], _ client: Int32) -> [UInt8]? {
+        if fault == .closesNameless, message[0] & 0x3F == 1, message[32] == 0x12, message[33] == 1 {
+            // A page that no unit has.
+            return Array(message[..<34]) + [0xFE] + message[35...]
+        }
         let first = message[34..<42].reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
         guard message[0] & 0x3F == 1, message[32] == 0x88, first == block else { return message }
         spoiled.add(1, ordering: .relaxed)
