@@ -136,8 +136,8 @@ struct RestoreCommand: ParsableCommand {
             if isOnly { return destination }
             throw BlockError(
                 .invalid,
-                "restoring several disks to \(destination): give a directory, --target ID=DESTINATION for each of them, "
-                    + "or one --disk at a time")
+                "restoring several disks to \(destination): give a directory, --target ID=DESTINATION for each of "
+                    + "them, or one --disk at a time")
         }
         var status = stat()
         let isDirectory = stat(destination, &status) == 0 && status.st_mode & S_IFMT == S_IFDIR

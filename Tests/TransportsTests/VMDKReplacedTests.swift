@@ -1,4 +1,4 @@
-// VMDKs in local directories whose files are replaced under their names while they are read: hosts write descriptors so.
+// VMDKs in local directories whose files are replaced under their names while they are read, as hosts do it.
 import Block
 import Glibc
 import LinuxIO

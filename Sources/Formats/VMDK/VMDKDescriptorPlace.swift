@@ -23,8 +23,8 @@ struct VMDKDescriptorPlace: Sendable {
     }
 
     /// Compares the descriptor with what it was. A snapshot that is removed goes into the disk below in place: then
-    /// nothing but the descriptor tells that this disk was written to. Hosts write descriptors in place, or as new files
-    /// that take their names: both are looked at.
+    /// nothing but the descriptor tells that this disk was written to. Hosts write descriptors in place, or as new
+    /// files that take their names: both are looked at.
     ///
     /// - Throws: `.changed` when it says something else, or nothing that is understood; what reading it throws.
     func confirm() throws(BlockError) {

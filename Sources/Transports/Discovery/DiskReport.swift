@@ -25,8 +25,8 @@ public struct DiskReport: Sendable, Codable, Equatable {
     public var multipath: String?
     /// What else holds it: devices of device mapper and MD.
     public var holders: [String]
-    /// Whether this machine's own programs are kept from it; nil for disks of other kinds than SCSI, and where `setup` was
-    /// not run and no udev is at work.
+    /// Whether this machine's own programs are kept from it; nil for disks of other kinds than SCSI, and where `setup`
+    /// was not run and no udev is at work.
     public var protection: DiskProtection?
     /// What lies on it; nil where it was not, or could not be read.
     public var content: [ContentSignatures.Content]?

@@ -1,5 +1,5 @@
-// Of each SCSI disk that is here, whether this machine's own programs are kept from it, for `diskgate disks`; and whether
-// that is so while diskgate has disks attached, for `diskgate doctor`.
+// Of each SCSI disk that is here, whether this machine's own programs are kept from it, for `diskgate disks`; and
+// whether that is so while diskgate has disks attached, for `diskgate doctor`.
 public import Block
 public import LinuxIO
 
