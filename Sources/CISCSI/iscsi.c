@@ -2,10 +2,13 @@
 #include "CISCSI.h"
 
 #include <dlfcn.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 // What libiscsi's headers have declared in the same way since its version 1.10 (soname 4).
 struct iscsi_context;
@@ -102,7 +105,16 @@ struct dg_iscsi {
     struct command *commands;
     dg_iscsi_step *step;
     void *owner;
+    // Bytes that the connection has brought, and how many more may come as long as nothing else is asked for.
+    uint64_t received, allowance;
+    const char *error;
 };
+
+// What may come unasked, and for a login, in bytes.
+enum { UNASKED = 1 << 20 };
+
+// What may come for a command: headers and padding around pieces of 512 bytes and more are less than the data itself.
+static uint64_t claim(const struct command *command) { return 2 * (uint64_t)command->size + (64 << 10); }
 
 dg_iscsi *dg_iscsi_create(const dg_iscsi_options *options, const char **error) {
     if (options->data_digest && !iscsi_set_data_digest) {
@@ -129,6 +141,7 @@ dg_iscsi *dg_iscsi_create(const dg_iscsi_options *options, const char **error) {
     }
     // Whoever reads has to know of it: the disk behind a new session may be another.
     iscsi_set_noautoreconnect(context, 1);
+    session->allowance = UNASKED;
     return session;
 }
 
@@ -223,13 +236,42 @@ int dg_iscsi_submit(
     if (command->next) command->next->link = &command->next;
     session->commands = command;
     // Without a buffer of its own: into one, libiscsi does not count what comes.
-    if (iscsi_scsi_command_async(session->context, unit, command->task, command_done, NULL, command) == 0) return 0;
+    if (iscsi_scsi_command_async(session->context, unit, command->task, command_done, NULL, command) == 0) {
+        session->allowance += claim(command);
+        return 0;
+    }
     forget(command);
     return -1;
 }
 
 int dg_iscsi_descriptor(dg_iscsi *session) { return iscsi_get_fd(session->context); }
 int dg_iscsi_events(dg_iscsi *session) { return iscsi_which_events(session->context); }
-int dg_iscsi_service(dg_iscsi *session, int events) { return iscsi_service(session->context, events); }
-const char *dg_iscsi_error(dg_iscsi *session) { return iscsi_get_error(session->context); }
+// libiscsi puts the pieces of an answer together until the target says that it was the last one, however much was asked
+// for. So what the connection brings is counted; what one command did not use is no other's.
+static bool is_within_allowance(dg_iscsi *session) {
+    struct tcp_info info = {0};
+    socklen_t size = sizeof info;
+    if (getsockopt(iscsi_get_fd(session->context), IPPROTO_TCP, TCP_INFO, &info, &size) < 0) return true;
+    uint64_t came = info.tcpi_bytes_received - session->received;
+    session->received = info.tcpi_bytes_received;
+    if (came > session->allowance) {
+        session->error = "the target sends more than it was asked for";
+        return false;
+    }
+    uint64_t claims = UNASKED;
+    for (struct command *command = session->commands; command; command = command->next) claims += claim(command);
+    session->allowance -= came;
+    // With nothing on its way, nothing is put together: whatever came is gone again.
+    if (session->allowance > claims || !session->commands) session->allowance = claims;
+    return true;
+}
+
+int dg_iscsi_service(dg_iscsi *session, int events) {
+    if (iscsi_service(session->context, events) != 0) return -1;
+    return is_within_allowance(session) ? 0 : -1;
+}
+
+const char *dg_iscsi_error(dg_iscsi *session) {
+    return session->error ? session->error : iscsi_get_error(session->context);
+}
 const char *dg_iscsi_redirection(dg_iscsi *session) { return iscsi_get_target_address(session->context); }

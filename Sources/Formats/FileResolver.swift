@@ -10,12 +10,21 @@ public struct ResolvedFile: Sendable {
     public let identity: String
     /// Opens the files that this one names; nil when none may be opened from here.
     public let resolver: (any FileResolver)?
+    /// Opens what the file's name leads to now, which is another file where somebody has replaced it; nil where names
+    /// lead nowhere else, or the device notices that by itself.
+    public let reopen: Reopening?
+
+    /// Opens a file by its name once more.
+    public typealias Reopening = @Sendable () throws(BlockError) -> any BlockDevice
 
     /// An open file.
-    public init(device: any BlockDevice, identity: String, resolver: (any FileResolver)?) {
+    public init(
+        device: any BlockDevice, identity: String, resolver: (any FileResolver)?, reopen: Reopening? = nil
+    ) {
         self.device = device
         self.identity = identity
         self.resolver = resolver
+        self.reopen = reopen
     }
 }
 

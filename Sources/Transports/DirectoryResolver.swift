@@ -16,6 +16,11 @@ struct DirectoryResolver: FileResolver {
 
     func open(_ name: String) throws(BlockError) -> ResolvedFile {
         let path = normalised(name.hasPrefix("/") ? name : "\(directory)/\(name)")
+        return try resolved(try openBeneath(path), path: path)
+    }
+
+    /// Opens a file, wherever links in its path lead.
+    private func openBeneath(_ path: String) throws(BlockError) -> Descriptor {
         guard let root = allowed.first(where: { path.utf8.starts(with: ($0 == "/" ? "/" : "\($0)/").utf8) }) else {
             throw BlockError(
                 .denied,
@@ -36,18 +41,21 @@ struct DirectoryResolver: FileResolver {
         if number < 0 { throw BlockError(errno: -number, "opening \(path)") }
         let file = Descriptor(owning: number)
         file.makeBlocking()
-        return try resolved(file, path: path)
+        return file
     }
 
     /// What an open file is, with a resolver for the files it names in turn.
-    func resolved(_ file: Descriptor, path: String) throws(BlockError) -> ResolvedFile {
+    private func resolved(_ file: Descriptor, path: String) throws(BlockError) -> ResolvedFile {
         let status = try file.status()
         let isNode = status.st_mode & S_IFMT == S_IFBLK
         let device: any BlockDevice =
             isNode ? try BlockNodeDevice(file, name: path, options) : try RawFileDevice(file, name: path, options)
         let next = DirectoryResolver(directory: parent(path), allowed: allowed, options: options)
         let identity = isNode ? "node \(status.st_rdev)" : "\(status.st_dev):\(status.st_ino)"
-        return ResolvedFile(device: device, identity: identity, resolver: next)
+        if isNode { return ResolvedFile(device: device, identity: identity, resolver: next) }
+        return ResolvedFile(device: device, identity: identity, resolver: next) { () throws(BlockError) in
+            try RawFileDevice(try openBeneath(path), name: path, options)
+        }
     }
 }
 

@@ -201,14 +201,17 @@ extension SourceReference {
         let device: any BlockDevice =
             isNode ? try BlockNodeDevice.open(path, options) : try RawFileDevice.open(path, options)
         let decided = hint ?? .guess(name: path, isNodeOrRemote: isNode)
-        let directory = parent(try realPath(path))
+        let real = try realPath(path)
+        let directory = parent(real)
         var siblingOptions = RawOptions()
         siblingOptions.isDirect = options.isDirect
         var allowed = [directory]
         for other in imageDirectories { allowed.append(try realPath(other)) }
+        let reopen: ResolvedFile.Reopening = { () throws(BlockError) in try RawFileDevice.open(real) }
         let file = ResolvedFile(
             device: device, identity: isNode ? "node \(status.st_rdev)" : "\(status.st_dev):\(status.st_ino)",
-            resolver: DirectoryResolver(directory: directory, allowed: allowed, options: siblingOptions))
+            resolver: DirectoryResolver(directory: directory, allowed: allowed, options: siblingOptions),
+            reopen: isNode ? nil : reopen)
         return try openDisk(file, decided)
     }
 

@@ -21,9 +21,20 @@ struct DisksCommand: ParsableCommand {
     func run() throws {
         let disks = try DiskInventory().disks()
         let users = NodeUsers()
-        let reports = disks.map { DiskReport($0, among: disks, users: users, readsContent: !noContent) }
+        let protections = protections()
+        let reports = disks.map {
+            DiskReport($0, among: disks, users: users, protections: protections, readsContent: !noContent)
+        }
         if report.json { return try printJSON(reports) }
         for disk in reports { show(disk) }
+    }
+
+    /// What keeps this machine's programs from disks, as far as that can be read.
+    private func protections() -> DiskProtections? {
+        do throws(BlockError) { return try DiskProtections() } catch {
+            writeError("diskgate: warning: \(error.message)")
+            return nil
+        }
     }
 
     private func show(_ disk: DiskReport) {
@@ -38,7 +49,8 @@ struct DisksCommand: ParsableCommand {
         }
         let lines: [(String, String?)] = [
             ("hctl", disk.hctl), ("controller", place), ("wwn", disk.wwid), ("serial", disk.serial),
-            ("multipath", disk.multipath), ("content", content?.isEmpty == true ? nil : content),
+            ("multipath", disk.multipath), ("protection", disk.protection?.rawValue),
+            ("content", content?.isEmpty == true ? nil : content),
             ("problem", disk.problem),
             ("held by", disk.holders.isEmpty ? nil : disk.holders.joined(separator: ", ")),
             ("mounted at", disk.uses.isEmpty ? nil : disk.uses.joined(separator: ", ")),

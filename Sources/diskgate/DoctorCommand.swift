@@ -73,6 +73,9 @@ struct DoctorCommand: ParsableCommand {
             for line in removals.unfinished { print("interrupted: the removal of \(line)") }
         }
         for problem in problems { writeError("diskgate: \(problem)") }
+        if let warning = HostProtection().warning(about: findings.flatMap(\.obligations)) {
+            writeError("diskgate: warning: \(warning)")
+        }
         let isLeft =
             findings.contains { !$0.isGoingOn && (!$0.left.isEmpty || !$0.problems.isEmpty) }
             || !removals.unfinished.isEmpty || !problems.isEmpty

@@ -11,19 +11,25 @@ struct RestoreCommand: ParsableCommand {
         commandName: "restore", abstract: "Write the disks of a restore point to where they are needed.",
         discussion: """
             DESTINATION is a file, a block device or the URI of an NBD export; for several disks, a directory, where \
-            each becomes DISK.raw. A new file has its name only when it is whole. Every chunk is compared with its \
-            hash before it is written.
+            each becomes DISK.raw, or --target for each of them. A new file has its name only when it is whole. Every \
+            chunk is compared with its hash before it is written.
             """)
 
     @OptionGroup var arguments: PointArguments
     @OptionGroup var site: SiteArguments
     @OptionGroup var report: ReportArguments
 
-    @Argument(help: "A file, a directory, a block device or an NBD URI.")
-    var destination: String
+    @Argument(help: "A file, a directory, a block device, a hotadd: disk or an NBD URI; none with --target.")
+    var destination: String?
 
-    @Option(help: "Restore this disk. May be repeated; default: all.")
+    @Option(help: "Restore this disk. May be repeated; default: all, or those with a --target.")
     var disk: [String] = []
+
+    @Option(
+        help: ArgumentHelp(
+            "Restore a disk to a file, a block device, a hotadd: disk or an NBD URI of its own. May be repeated.",
+            valueName: "id=destination"))
+    var target: [String] = []
 
     @Flag(help: "Read the destination first and write only what differs.")
     var differential = false
@@ -53,6 +59,32 @@ struct RestoreCommand: ParsableCommand {
         var seconds: Double
     }
 
+    func validate() throws {
+        if destination == nil && target.isEmpty {
+            throw ValidationError("Give DESTINATION, or --target ID=DESTINATION.")
+        }
+        if target.isEmpty { return }
+        if destination != nil || !disk.isEmpty {
+            throw ValidationError("With --target, leave out DESTINATION and --disk: it names each disk.")
+        }
+        var ids: Set<String> = []
+        for (id, place) in try targets() {
+            if place.hasSuffix("/") { throw ValidationError("--target \(id)=\(place): give a file, not a directory.") }
+            if !ids.insert(id).inserted { throw ValidationError("--target: there are two for the disk \(id).") }
+        }
+    }
+
+    /// The disks with destinations of their own.
+    private func targets() throws -> [(id: String, place: String)] {
+        try target.map { text in
+            let sides = text.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false).map(String.init)
+            guard sides.count == 2, !sides[0].isEmpty, !sides[1].isEmpty else {
+                throw ValidationError("--target \(text): give ID=DESTINATION.")
+            }
+            return (sides[0], sides[1])
+        }
+    }
+
     func run() throws {
         try site.apply()
         let cancellation = Cancellation()
@@ -61,14 +93,28 @@ struct RestoreCommand: ParsableCommand {
         let lock = try repository.lockPoint(point)
         defer { withExtendedLifetime(lock) {} }
         let known = point.manifest.disks.map(\.id)
-        if let other = disk.first(where: { !known.contains($0) }) {
+        let targets = try targets()
+        let named = target.isEmpty ? disk : targets.map(\.id)
+        if let other = named.first(where: { !known.contains($0) }) {
             throw BlockError(
                 .notFound,
                 "restoring \(point.description): it has no disk \(other), only \(known.joined(separator: ", "))")
         }
-        let chosen = disk.isEmpty ? known : disk
-        try repository.requireOutside(destination)
-        let destinations = try open(chosen, of: point, in: repository)
+        let chosen = named.isEmpty ? known : named
+        let places: [String]
+        if let destination {
+            try repository.requireOutside(destination)
+            places = try chosen.map { try place(of: $0, in: destination, isOnly: chosen.count == 1) }
+        } else {
+            places = targets.map(\.place)
+        }
+        // All of them before the first byte is written to one.
+        let wanted = try zip(chosen, places).map { id, place in
+            guard let disk = point.manifest.disk(id) else { throw BlockError(.notFound, "restoring disk \(id)") }
+            return RestoreDestination.Wanted(disk: id, place: place, size: disk.size)
+        }
+        let destinations = try RestoreDestination.open(
+            wanted, isDifferential: differential, mayReplace: replace, outside: repository)
         var reports: [Report] = []
         for (index, id) in chosen.enumerated() {
             do {
@@ -86,35 +132,14 @@ struct RestoreCommand: ParsableCommand {
         if reports.contains(where: { !$0.damagedChunks.isEmpty }) { throw ExitCode(3) }
     }
 
-    /// Opens all destinations before the first byte is written to one.
-    private func open(_ disks: [String], of point: RestorePoint, in repository: Repository) throws
-        -> [RestoreDestination]
-    {
-        var destinations: [RestoreDestination] = []
-        do {
-            for id in disks {
-                guard let disk = point.manifest.disk(id) else { throw BlockError(.notFound, "restoring disk \(id)") }
-                let place = try place(of: id, isOnly: disks.count == 1)
-                if destinations.contains(where: { $0.name == place }) {
-                    throw BlockError(.invalid, "restoring disk \(id): \(place) is another disk's already")
-                }
-                destinations.append(
-                    try RestoreDestination.open(
-                        place, size: disk.size, isDifferential: differential, mayReplace: replace, outside: repository))
-            }
-        } catch {
-            for destination in destinations { destination.abandon(isUntouched: true) }
-            throw error
-        }
-        return destinations
-    }
-
     /// Where a disk goes.
-    private func place(of id: String, isOnly: Bool) throws -> String {
+    private func place(of id: String, in destination: String, isOnly: Bool) throws -> String {
         guard case .path = try SourceReference(destination).kind else {
             if isOnly { return destination }
             throw BlockError(
-                .invalid, "restoring several disks to \(destination): give a directory, or one --disk at a time")
+                .invalid,
+                "restoring several disks to \(destination): give a directory, --target ID=DESTINATION for each of "
+                    + "them, or one --disk at a time")
         }
         var status = stat()
         let isDirectory = stat(destination, &status) == 0 && status.st_mode & S_IFMT == S_IFDIR

@@ -71,6 +71,44 @@ import Testing
         }
     }
 
+    @Test func eachDiskIsRestoredToATargetOfItsOwn() throws {
+        try withPoints { directory, model in
+            let restore = ["restore", "--repository", model.repository.path, "3"]
+            func run(_ words: [String]) throws -> Tool.Result { try Tool.run(Tool.diskgate, restore + words) }
+            let (first, second) = (directory.file("one"), directory.file("two"))
+            let done = try run(["--target", "vdb=\(first)", "--target", "vda=\(second)", "--verify"])
+            #expect(done.status == 0, "\(done.errors)")
+            for (path, disk) in [(first, "vdb"), (second, "vda")] {
+                try requireEqual(try contentOfFile(path), model.expected[3]?[disk] ?? [], "\(disk) restored")
+            }
+            let third = directory.file("three")
+            #expect(try run(["--target", "vdb=\(third)"]).status == 0)
+            try requireEqual(try contentOfFile(third), model.expected[3]?["vdb"] ?? [], "one of them")
+            // What cannot be leaves nothing, also of the others.
+            let new = directory.file("new")
+            for (words, said) in [
+                (["--target", "vda=\(new)", "--target", "vdb=\(new)"], "another disk's"),
+                (["--target", "vda=\(new)", "--target", "vdb=\(first)"], "--replace"),
+                (["--target", "vda=\(new)", "--target", "vdx=\(third)"], "no disk vdx"),
+                (["--target", "vda=\(new)", "--target", "vdb=hotadd:serial=none"], "--replace"),
+                (["--target", "vda=\(model.repository.path)/vda.raw"], "lies in the repository"),
+                (["hotadd:serial=none"], "--target"),
+            ] {
+                let refused = try run(words)
+                #expect(refused.status == 1 && refused.errors.contains(said), "\(words): \(refused.errors)")
+                #expect(access(new, F_OK) != 0 && access("\(new).partial", F_OK) != 0, "\(words)")
+            }
+            for words in [
+                [], ["--target", "vda"], ["--target", "=\(new)"], ["--target", "vda="],
+                ["\(new)", "--target", "vda=x"],
+                ["--target", "vda=x", "--disk", "vda"], ["--target", "vda=x", "--target", "vda=y"],
+                ["--target", "vda=x/"],
+            ] {
+                #expect(try run(words).status == 2, "\(words)")
+            }
+        }
+    }
+
     @Test(.enabled(if: Tool.exists("nbdcopy") && Tool.exists("qemu-img")))
     func anyPointIsServedToOtherTools() throws {
         try withPoints { directory, model in

@@ -78,6 +78,52 @@ private struct Given {
         }
     }
 
+    @Test func `disks that are to be added come in one request, also where there are other ways to them`() throws {
+        let folder = try Folder()
+        let machine = try Machine(in: folder, options: ["-device", "virtio-scsi-pci,id=scsi"])
+        var words = ["backup", "--vm", "disks:web?snapshot=s", "--repository", folder.file("points")]
+        for (index, id) in ["a", "b", "c"].enumerated() {
+            let raw = try folder.image("\(id).raw", size: 1 << 20, seed: UInt64(index) + 20)
+            words += [
+                "--source", "\(id)=hotadd:image=\(raw)?controller=qmp+unix:\(folder.file("qmp"))&unprotected=yes",
+            ]
+            if id != "c" { words += ["--or", "\(id)=\(raw)"] }
+        }
+        // The disks never come to this machine: it ends when they were added.
+        let state = "DISKGATE_STATE_DIRECTORY=\(folder.file("state"))"
+        let outcome = try Tool.diskgate.run(words, environment: [state, "DISKGATE_STEP_KILL=hotadd.added"])
+        #expect(outcome.status == 128 + SIGKILL, "\(outcome)")
+        #expect(try machine.leftovers().count { $0.hasPrefix("dg-") } >= 3)
+        let listed = try Tool.diskgate.run(["doctor"], environment: [state])
+        let runs = listed.lines.filter { $0.hasPrefix("run ") }
+        let added = listed.lines.filter { $0.contains("hotadd.disk") }
+        #expect(listed.status == 1 && runs.count(where: { $0.contains("qmp+unix") }) == 1, "\(listed)")
+        #expect(added.count == 3, "\(listed)")
+        let fixed = try Tool.diskgate.run(["doctor", "--fix"], environment: [state])
+        #expect(fixed.status == 0, "\(fixed)")
+        #expect(try machine.leftovers() == [])
+    }
+
+    @Test func `disks that cannot be added together take their other ways`() throws {
+        let given = try Given()
+        var words: [String] = []
+        for id in ["sdc", "sdd"] {
+            let image = "hotadd:image=/nowhere/\(id)?controller=qmp+unix:\(given.folder.file("none"))&unprotected=yes"
+            words += ["--source", "\(id)=\(image)", "--or", "\(id)=\(given.served)"]
+        }
+        let outcome = try Tool.diskgate.run(
+            [
+                "backup", "--vm", "disks:web?snapshot=s", "--repository", given.folder.file("points"),
+                "--state-directory", given.folder.file("state"), "--source", "sda=\(given.raw)",
+            ] + words, environment: ["DISKGATE_STATE_DIRECTORY=\(given.folder.file("state"))"])
+        #expect(outcome.status == 3, "\(outcome)")
+        for id in ["sdc", "sdd"] {
+            #expect(outcome.text.contains("disk \(id): not over hotadd"), "\(outcome)")
+            #expect(try isSame(given.restored("1", id), given.served))
+        }
+        #expect(try isSame(given.restored("1", "sda"), given.raw))
+    }
+
     @Test func `another disk in the place of one is not passed over in silence`() throws {
         let given = try Given()
         #expect(try given.backup("disks:web?snapshot=one").status == 0)

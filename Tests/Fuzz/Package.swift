@@ -41,6 +41,7 @@ let package = Package(
         fuzzer("OptionsFuzz", ["LinuxIO", "NBD"]),
         fuzzer("PartitionsFuzz", ["Formats"]),
         fuzzer("Qcow2Fuzz", ["Formats", "LinuxIO"]),
+        fuzzer("SCSIFuzz", ["LinuxIO"]),
         fuzzer("SidecarFuzz", ["Backup", "LinuxIO"]),
         fuzzer("StartTLSFuzz", ["LinuxIO", "NBD"]),
         fuzzer("TransmissionFuzz", ["LinuxIO", "NBD"]),

@@ -103,6 +103,50 @@ private let naa: [UInt8] = [0x60, 0, 0xC2, 0x92, 0xBC, 0x97, 0xE9, 0xFF, 0x59, 0
             #expect(missing == nil)
         }
     }
+
+    /// Makes a loop device while a watch waits that looks by itself only after an hour, and tells whether it is seen
+    /// before the watch's time is up, when it looks for the last time.
+    private func isSeen(by watch: DiskWatch, before comes: () -> Void = {}) throws -> Bool {
+        // Without events it would look all the time.
+        _ = try KernelEvents()
+        return try LoopDevice.with(patternBytes(1 << 20, seed: 5)) { first, file in
+            LoopDevice.detach(first)
+            var added: String?
+            defer { if let added { LoopDevice.detach(added) } }
+            var failure: (any Error)?
+            let seconds = 30.0
+            let end = monotonicSeconds() + seconds
+            let found = try watch.wait(seconds: seconds) { (disks) -> Bool? in
+                if failure != nil { return false }
+                if let added { return disks.contains { $0.node == added } && monotonicSeconds() < end ? true : nil }
+                do {
+                    comes()
+                    added = try LoopDevice.attach(file, sectorSize: 512)
+                } catch { failure = error }
+                return nil
+            }
+            if let failure { throw failure }
+            return found == true
+        }
+    }
+
+    @Test(.enabled(if: LoopDevice.areAvailable, Comment(rawValue: LoopDevice.reason)))
+    func isWokenByTheKernelsEvent() throws {
+        #expect(try isSeen(by: DiskWatch(lookingEvery: 3600)))
+    }
+
+    @Test(.enabled(if: LoopDevice.areAvailable, Comment(rawValue: LoopDevice.reason)))
+    func looksAgainWhenEventsWereLost() throws {
+        // The events of another device fill the room that there is, so that the disk's own one is lost.
+        let watch = DiskWatch(lookingEvery: 3600, bufferBytes: 1)
+        #expect(try isSeen(by: watch) { for _ in 0..<50 { tellOfNull() } })
+    }
+}
+
+/// Has the kernel tell of a device that is no disk.
+private func tellOfNull() {
+    let file = try? Descriptor.open("/sys/devices/virtual/mem/null/uevent", O_WRONLY)
+    if let file { _ = write(file.number, "change", 6) }
 }
 
 @Suite struct VitalProductDataTests {
@@ -143,5 +187,21 @@ private let naa: [UInt8] = [0x60, 0, 0xC2, 0x92, 0xBC, 0x97, 0xE9, 0xFF, 0x59, 0
         #expect(event.values == ["ACTION": "add", "DEVNAME": "loop0", "SUBSYSTEM": "block", "EMPTY": ""])
         // What udev sends to its own group, and nothing.
         #expect(KernelEvent(Array("libudev\0\0".utf8)) == nil && KernelEvent([]) == nil)
+    }
+
+    @Test(.enabled(if: LoopDevice.areAvailable, Comment(rawValue: LoopDevice.reason)))
+    func lostEventsAreToldOf() throws {
+        let events = try KernelEvents(bufferBytes: 1)
+        let count = 50
+        for _ in 0..<count { tellOfNull() }
+        var answers: [KernelEvents.Answer] = []
+        while answers.last != .nothing { answers.append(try events.next(seconds: 0)) }
+        #expect(answers.contains(.overrun))
+        let heard = answers.count { if case .event = $0 { true } else { false } }
+        #expect(heard < count)
+        // What comes from then on is heard.
+        tellOfNull()
+        let next = try events.next(seconds: 20)
+        guard case .event = next else { throw CheckFailure("after the loss: \(next)") }
     }
 }

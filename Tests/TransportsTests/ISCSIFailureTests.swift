@@ -92,6 +92,46 @@ import Transports
         }
     }
 
+    @Test func answerWithoutEndIsLeft() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            let path = try file(directory, "lun")
+            let content = try contentOfFile(path)
+            try target.add(path)
+            let relay = try ISCSIRelay(to: target.port, spoiling: 2048, .floods)
+            defer { relay.stop() }
+            let uri = target.uri(1, "reconnect=60&timeout=600").replacing(":\(target.port)/", with: ":\(relay.port)/")
+            let device = try SourceReference(uri).open()
+            let error = #expect(throws: BlockError.self) { _ = try readBytes(device, at: 1 << 20, count: 65536) }
+            #expect(error?.message.contains("more than it was asked for") == true, "\(String(describing: error))")
+            let other = try readBytes(device, at: 2 << 20, count: 65536)
+            try requireEqual(other, Array(content[(2 << 20)...].prefix(65536)), "beside it")
+        }
+    }
+
+    @Test func namelessUnitIsNotTakenForTheSameAfterALoss() throws {
+        try withTemporaryDirectory { directory in
+            let target = try ISCSITarget(directory)
+            try target.add(try file(directory, "lun"))
+            let relay = try ISCSIRelay(to: target.port, spoiling: 2048, .closesNameless)
+            defer { relay.stop() }
+            let uri = target.uri(1, "reconnect=60&timeout=20").replacing(":\(target.port)/", with: ":\(relay.port)/")
+            let device = try SourceReference(uri).open()
+            #expect(!device.info.identity.contains { $0.key == "wwn" || $0.key == "serial" })
+            _ = try readBytes(device, at: 2 << 20, count: 65536)
+            for offset in [1 << 20, 2 << 20] {
+                let error = #expect(throws: BlockError.self) {
+                    _ = try readBytes(device, at: UInt64(offset), count: 4096)
+                }
+                #expect(error?.kind == .changed && error?.message.contains("neither a worldwide name nor") == true)
+            }
+            let spoiled = relay.spoiled.load(ordering: .relaxed)
+            #expect(spoiled == 1)
+            // Opened anew, it is read.
+            _ = try readBytes(try SourceReference(uri).open(), at: 2 << 20, count: 4096)
+        }
+    }
+
     @Test(arguments: [ISCSIRelay.Fault.closes, .shortens])
     func readThatTheTargetFailsAtEnds(fault: ISCSIRelay.Fault) throws {
         try withTemporaryDirectory { directory in

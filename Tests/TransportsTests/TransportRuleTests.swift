@@ -130,6 +130,19 @@ private let hotAddCases = [
         $0.disk.capacity = 2 << 40
         $0.own.controllers = [.init(json: #"{"kind": "buslogic"}"#)]
     },
+    RuleCase(.hotadd, "large-disk", .warning, "on the proxy's host esx1 is not known") {
+        $0.disk.capacity = 2 << 40
+        $0.hosts[0].version = nil
+    },
+    RuleCase(.hotadd, "large-disk", .warning, "is not known") {
+        $0.disk.capacity = 2 << 40
+        $0.hosts[0].version = "unreleased"
+    },
+    RuleCase(.hotadd, "large-disk", .warning, "is not known") {
+        $0.disk.capacity = 2 << 40
+        $0.hosts[0].kind = nil
+        $0.hosts[0].version = "5.1"
+    },
     RuleCase(.hotadd, "stillness", .excluded, "does not give it away") { $0.disk.mode = "independent_nonpersistent" },
 ]
 
@@ -238,6 +251,26 @@ extension Inventory.Controller {
             try verdict {
                 $0.datastores[0].type = .vmfs3; $0.datastores[0].blockSize = nil
             } == .warning)
+    }
+
+    @Test func hostsThatTakeLargeDisksAreNotWarnedOf() throws {
+        for change: (inout Inventory) -> Void in [
+            { $0.hosts[0].version = "5.5" }, { $0.hosts[0].version = "ESXi 8.0.1" },
+            {
+                $0.hosts[0].kind = .qemu
+                $0.hosts[0].version = nil
+            },
+            {
+                $0.disk.capacity = (2 << 40) - 512
+                $0.hosts[0].version = nil
+            },
+        ] {
+            let changed = try site {
+                $0.disk.capacity = 2 << 40
+                change(&$0)
+            }
+            #expect(!findings(.hotadd, changed).contains { $0.rule == "hotadd.large-disk" })
+        }
     }
 
     @Test func stillnessIsASnapshotOrAMachineThatIsOff() throws {

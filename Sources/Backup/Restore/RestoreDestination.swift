@@ -88,6 +88,54 @@ public final class RestoreDestination: Sendable {
         return try new(path, size, options)
     }
 
+    /// A disk, and where it is to be restored to.
+    public struct Wanted: Sendable {
+        let disk: String
+        let place: String
+        let size: UInt64
+
+        /// A disk of so many bytes, and the path or URI of its destination.
+        public init(disk: String, place: String, size: UInt64) {
+            (self.disk, self.place, self.size) = (disk, place, size)
+        }
+    }
+
+    /// Opens the destinations of several disks. Images that have to be hot-added for it come in one request.
+    ///
+    /// - Returns: the destinations in the order of the disks.
+    /// - Throws: as opening one; `.invalid` also when two disks have the same. Nothing stays open then.
+    public static func open(
+        _ wanted: [Wanted], isDifferential: Bool, mayReplace: Bool, outside repository: Repository? = nil
+    ) throws(BlockError) -> [RestoreDestination] {
+        var places: Set<String> = []
+        var (hotAdded, references): ([Int], [SourceReference]) = ([], [])
+        for (index, one) in wanted.enumerated() {
+            if !places.insert(one.place).inserted {
+                throw BlockError(.invalid, "restoring disk \(one.disk): \(one.place) is another disk's already")
+            }
+            let reference = try SourceReference(one.place)
+            guard case .hotAdd = reference.kind else { continue }
+            if !isDifferential && !mayReplace { throw refusal(one.place, "hot-added disk") }
+            hotAdded.append(index)
+            references.append(reference)
+        }
+        var opened: [Int: RestoreDestination] = [:]
+        do throws(BlockError) {
+            for (index, one) in wanted.enumerated() where !hotAdded.contains(index) {
+                opened[index] = try open(
+                    one.place, size: one.size, isDifferential: isDifferential, mayReplace: mayReplace,
+                    outside: repository)
+            }
+            for (index, device) in zip(hotAdded, try SourceReference.openHotAddedTargets(references)) {
+                opened[index] = try existing(wanted[index].place, device, wanted[index].size, marker: nil)
+            }
+        } catch {
+            for destination in opened.values { destination.abandon(isUntouched: true) }
+            throw error
+        }
+        return opened.sorted { $0.key < $1.key }.map(\.value)
+    }
+
     private static func refusal(_ text: String, _ kind: String) -> BlockError {
         BlockError(
             .invalid,

@@ -57,7 +57,9 @@ int dg_iscsi_submit(
 // The socket, and the events of poll(2) to wait for on it.
 int dg_iscsi_descriptor(dg_iscsi *session);
 int dg_iscsi_events(dg_iscsi *session);
-// Does what can be done without waiting; -1 when the session is lost.
+// Does what can be done without waiting; -1 when the session is lost, also where the target sends more than twice what
+// it was asked for, with 64 KiB for each command and 1 MiB for the session on top. What came is counted after
+// libiscsi has read all that was there: so much is held at most, and what comes without a pause.
 int dg_iscsi_service(dg_iscsi *session, int events);
 // Why something went wrong last.
 const char *dg_iscsi_error(dg_iscsi *session);

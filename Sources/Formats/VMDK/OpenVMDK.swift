@@ -90,11 +90,11 @@ private struct VMDKLinkOpener {
     func open(_ limits: inout ChainLimits) throws(BlockError) -> OpenedLink {
         switch try VMDKFileKind.of(file.device) {
         case .descriptor:
-            return try openExtents(try VMDKDescriptorPlace(file.device, 0..<file.device.info.size), &limits)
+            return try openExtents(try VMDKDescriptorPlace(file), &limits)
         case .hostedSparse:
             let layout = try HostedSparseHeader.read(from: file.device)
             guard let range = layout.descriptorRange, try !isEmpty(range) else { throw noDescriptor("one extent") }
-            return try openMonolith(try VMDKDescriptorPlace(file.device, range), layout, &limits)
+            return try openMonolith(try VMDKDescriptorPlace(file, range), layout, &limits)
         case .cow, .seSparse: throw noDescriptor("the changes since a snapshot")
         }
     }

@@ -7,26 +7,45 @@ struct VMDKDescriptorPlace: Sendable {
     let device: any BlockDevice
     /// What it said when the disk was opened.
     let descriptor: VMDKDescriptor
-    private let range: Range<UInt64>
+    /// Where it is; nil where it is all of the file, however long that is.
+    private let range: Range<UInt64>?
+    private let reopen: ResolvedFile.Reopening?
 
     /// Reads a descriptor.
     ///
+    /// - Parameter range: where it is in a sparse file; nil where it is all of the file.
     /// - Throws: as `VMDKDescriptorParser.read`.
-    init(_ device: any BlockDevice, _ range: Range<UInt64>) throws(BlockError) {
-        self.device = device
+    init(_ file: ResolvedFile, _ range: Range<UInt64>? = nil) throws(BlockError) {
+        device = file.device
+        reopen = file.reopen
         self.range = range
-        descriptor = try VMDKDescriptorParser.read(from: device, range)
+        descriptor = try VMDKDescriptorParser.read(from: device, range ?? 0..<device.info.size)
     }
 
     /// Compares the descriptor with what it was. A snapshot that is removed goes into the disk below in place: then
-    /// nothing but the descriptor tells that this disk was written to.
+    /// nothing but the descriptor tells that this disk was written to. Hosts write descriptors in place, or as new
+    /// files that take their names: both are looked at.
     ///
     /// - Throws: `.changed` when it says something else, or nothing that is understood; what reading it throws.
     func confirm() throws(BlockError) {
         try device.confirm()
+        try compare(device)
+        guard let reopen else { return }
+        let named: any BlockDevice
+        do throws(BlockError) { named = try reopen() } catch {
+            switch error.kind {
+            case .notFound: throw changed("there is no file of this name any more")
+            case .invalid: throw changed("its name leads to something else now: \(error.message)")
+            default: throw error.during("looking at the descriptor of \(device.info.name) again")
+            }
+        }
+        try compare(named)
+    }
+
+    private func compare(_ file: any BlockDevice) throws(BlockError) {
         let now: VMDKDescriptor
         do throws(BlockError) {
-            now = try VMDKDescriptorParser.read(from: device, range)
+            now = try VMDKDescriptorParser.read(from: file, range ?? 0..<file.info.size)
         } catch {
             switch error.kind {
             case .corrupt, .invalid, .unsupported, .outOfRange: throw changed("it is none any more: \(error)")

@@ -188,7 +188,8 @@ public final class VMDKDevice: BlockDevice {
             .denied, "reading \(info.name) at \(range.lowerBound): its descriptor says that nobody may (NOACCESS)")
     }
 
-    /// Asks all files of the chain, and compares the descriptors with what they were.
+    /// Asks all files of the chain, and compares the descriptors with what they were, also where other files have taken
+    /// their names.
     ///
     /// - Throws: `.changed` also when a content id is another: then somebody has written to that disk, wherever its
     ///   bytes are.

@@ -67,39 +67,56 @@ final class GivenDisks: Provider {
         return machine
     }
 
-    /// Opens disks that are not open yet; those that have to be added to this proxy first are added together, unless
-    /// there are other ways to them.
+    /// Opens disks that are not open yet; those that have to be added to this proxy first are added together.
     ///
     /// - Returns: for each disk, in their order, what was opened or why that failed.
     private func open(_ disks: [GivenDisksPlace.Disk]) -> [Result<OpenDisk, BlockError>] {
         opened.withLock { opened in
-            var failures: [String: BlockError] = [:]
-            var added: [(disk: GivenDisksPlace.Disk, source: SourceReference, choice: TransportChoice?)] = []
-            for disk in disks where opened[disk.id] == nil {
+            let missing = disks.filter { opened[$0.id] == nil }
+            var (added, failures) = addTogether(missing)
+            for disk in missing where failures[disk.id] == nil {
                 do throws(BlockError) {
                     let specification = try disk.specification.get()
+                    // What was added with the others is open already when it is tried first.
+                    var ready = added.removeValue(forKey: disk.id)
+                    let chosen = try specification.openFirst(
+                        { (wanted) throws(BlockError) in
+                            defer { ready = nil }
+                            if let ready { return ready }
+                            return try wanted.open()
+                        }, device: { $0 })
                     let hasChoice = specification.sources.count > 1 || specification.site != nil
-                    if let only = try specification.only(), case .hotAdd(.image) = only.source.kind {
-                        added.append((disk, only.source, hasChoice ? only.choice : nil))
-                        continue
-                    }
-                    let chosen = try specification.openChosen()
                     opened[disk.id] = OpenDisk(
                         id: disk.id, source: chosen.disk.source, device: chosen.opened,
                         choice: hasChoice ? chosen.choice : nil)
                 } catch { failures[disk.id] = error }
             }
-            do throws(BlockError) {
-                for (wanted, device) in zip(added, try SourceReference.open(added.map(\.source))) {
-                    opened[wanted.disk.id] = OpenDisk(
-                        id: wanted.disk.id, source: wanted.source, device: device, choice: wanted.choice)
-                }
-            } catch { for wanted in added { failures[wanted.disk.id] = error } }
             return disks.map { disk in
                 if let open = opened[disk.id] { return .success(open) }
                 return .failure(
                     failures[disk.id] ?? BlockError(.notFound, "backing up \(name): the disk \(disk.id) is not open"))
             }
+        }
+    }
+
+    /// Adds the disks whose first source has to be added to this proxy, in one request.
+    ///
+    /// - Returns: those that are open, by their ids, and why not, for those that have no other source. Where the request
+    ///   fails, each of the others takes its own way.
+    private func addTogether(_ disks: [GivenDisksPlace.Disk]) -> ([String: any BlockDevice], [String: BlockError]) {
+        var images: [(disk: GivenDisksPlace.Disk, source: SourceReference, isOnly: Bool)] = []
+        for disk in disks {
+            guard let specification = try? disk.specification.get(), let left = try? specification.sourcesLeft(),
+                let first = left.first, case .hotAdd(.image) = first.kind
+            else { continue }
+            images.append((disk, first, left.count == 1))
+        }
+        if images.count < 2 { return ([:], [:]) }
+        do throws(BlockError) {
+            let devices = try SourceReference.open(images.map(\.source))
+            return (Dictionary(zip(images.map(\.disk.id), devices)) { first, _ in first }, [:])
+        } catch {
+            return ([:], Dictionary(images.filter(\.isOnly).map { ($0.disk.id, error) }) { first, _ in first })
         }
     }
 

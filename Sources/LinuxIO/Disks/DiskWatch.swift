@@ -4,16 +4,22 @@ import Glibc
 
 /// Waits for disks.
 public struct DiskWatch {
-    /// How long to go without looking, in seconds, when no event comes.
-    private static let pause = 0.2
-
     private let inventory: DiskInventory
     private let events: KernelEvents?
+    private let pause: Double
 
     /// A watch that misses nothing that happens from now on.
-    public init(_ inventory: DiskInventory = DiskInventory()) {
+    ///
+    /// - Parameters:
+    ///   - pause: how long to go without looking, in seconds, when no event comes.
+    ///   - bufferBytes: room for events that were not heard yet; nil for what the system gives. Where it is too small,
+    ///     some are lost, and the disks are looked at all the same.
+    public init(
+        _ inventory: DiskInventory = DiskInventory(), lookingEvery pause: Double = 0.2, bufferBytes: Int32? = nil
+    ) {
         self.inventory = inventory
-        events = try? KernelEvents()
+        self.pause = pause
+        events = try? KernelEvents(bufferBytes: bufferBytes)
     }
 
     /// Waits until a condition of the disks holds.
@@ -29,7 +35,7 @@ public struct DiskWatch {
             if let result = try found(try inventory.disks()) { return result }
             let left = end - monotonicSeconds()
             if left <= 0 { return nil }
-            pauseForEvent(seconds: min(left, Self.pause))
+            pauseForEvent(seconds: min(left, pause))
         }
     }
 

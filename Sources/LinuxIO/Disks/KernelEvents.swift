@@ -41,11 +41,16 @@ public final class KernelEvents {
 
     /// Begins to listen.
     ///
+    /// - Parameter bufferBytes: room for events that were not read yet; nil for what the system gives.
     /// - Throws: the system's reason; some containers have no such events.
-    public init() throws(BlockError) {
+    public init(bufferBytes: Int32? = nil) throws(BlockError) {
         let number = dg_uevent_open()
         if number < 0 { throw BlockError(errno: -number, "listening to the kernel's events") }
         socket = Descriptor(owning: number)
+        guard var bytes = bufferBytes else { return }
+        if setsockopt(number, SOL_SOCKET, SO_RCVBUF, &bytes, socklen_t(MemoryLayout<Int32>.size)) < 0 {
+            throw BlockError(errno: errno, "limiting the room for the kernel's events to \(bytes) bytes")
+        }
     }
 
     /// The next event.

@@ -287,9 +287,9 @@ extension TransportRules {
         guard capacity > SizeLimits.twoTebibytes else { return nil }
         let rule = "hotadd.large-disk"
         let host = inventory.host(proxy.host)
-        if host?.kind == .esx, let version = host?.version.flatMap(HostVersion.init),
-            version < HostVersion(SizeLimits.largeDiskVersion)
-        {
+        let version = host?.version.flatMap(HostVersion.init)
+        let isOld = version.map { $0 < HostVersion(SizeLimits.largeDiskVersion) }
+        if host?.kind == .esx, isOld == true {
             return Finding(
                 rule, .excluded,
                 "it has \(readable(capacity)), and the proxy's host \(host?.name ?? "") has the version "
@@ -302,6 +302,14 @@ extension TransportRules {
                 rule, .excluded,
                 "it has \(readable(capacity)), and the free places are on BusLogic adapters, which end at 2 TiB",
                 remedy: "add a PVSCSI adapter to the proxy")
+        }
+        let mayBeESX = [nil, .esx, .unknown].contains(host?.kind)
+        if mayBeESX && isOld != false {
+            return Finding(
+                rule, .warning,
+                "it has \(readable(capacity)), and whether disks of 2 TiB and more can be added on the proxy's host "
+                    + "\(proxy.host ?? "") is not known: ESXi can since 5.5",
+                remedy: "say kind and version of the proxy's host")
         }
         return nil
     }

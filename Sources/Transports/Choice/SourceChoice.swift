@@ -87,15 +87,11 @@ extension DiskSpecification {
         throw TransportChoice(disk: title, position: nil, candidates: candidates).failure
     }
 
-    /// The one source that is left where the orders and rules have left out all others, with its choice; nil where
-    /// several may be tried.
+    /// The sources that the orders and rules have left, in the order in which they are tried.
     ///
     /// - Throws: `.notFound` with the reasons where none is left.
-    public func only() throws(BlockError) -> (source: SourceReference, choice: TransportChoice)? {
-        let (candidates, sources) = try orderedSources()
-        let left = sources.enumerated().compactMap { index, source in source.map { (index, $0) } }
-        guard left.count == 1, let (index, source) = left.first else { return nil }
-        return (source, TransportChoice(disk: title, position: index + 1, candidates: candidates))
+    public func sourcesLeft() throws(BlockError) -> [SourceReference] {
+        try orderedSources().1.compactMap(\.self)
     }
 
     /// How people call the disk.

@@ -25,6 +25,9 @@ public struct DiskReport: Sendable, Codable, Equatable {
     public var multipath: String?
     /// What else holds it: devices of device mapper and MD.
     public var holders: [String]
+    /// Whether this machine's own programs are kept from it; nil for disks of other kinds than SCSI, and where `setup`
+    /// was not run and no udev is at work.
+    public var protection: DiskProtection?
     /// What lies on it; nil where it was not, or could not be read.
     public var content: [ContentSignatures.Content]?
     /// Why it could not be read.
@@ -36,9 +39,13 @@ public struct DiskReport: Sendable, Codable, Equatable {
     ///
     /// - Parameters:
     ///   - disk: the disk.
+    ///   - protections: what the machine's settings make of disks; nil where there is nothing to tell.
     ///   - all: all disks, for what lies over this one.
     ///   - readsContent: whether to look what lies on it, which needs the right to read it.
-    public init(_ disk: AttachedDisk, among all: [AttachedDisk], users: NodeUsers, readsContent: Bool) {
+    public init(
+        _ disk: AttachedDisk, among all: [AttachedDisk], users: NodeUsers, protections: DiskProtections?,
+        readsContent: Bool
+    ) {
         name = disk.name
         node = disk.node
         size = disk.size
@@ -54,6 +61,7 @@ public struct DiskReport: Sendable, Codable, Equatable {
         isReadOnly = disk.isReadOnly
         diskSequence = disk.diskSequence
         state = disk.state
+        protection = protections?.state(of: disk)
         multipath = disk.multipath.map { $0.title ?? $0.name }
         holders = disk.holders.filter { !$0.isMultipath }.map { holder in
             holder.title.map { "\($0) (\(holder.name))" } ?? holder.name

@@ -107,6 +107,34 @@ extension SourceReference {
     /// - Returns: the disks, in the order of their sources.
     /// - Throws: `BlockError` of the first that cannot be opened; nothing stays open then.
     public static func open(_ sources: [SourceReference]) throws(BlockError) -> [any BlockDevice] {
+        let added = try openImages(of: sources, isWritable: false, isDirect: false)
+        var result: [any BlockDevice] = []
+        for (source, device) in zip(sources, added) {
+            if let device { result.append(device) } else { result.append(try source.open()) }
+        }
+        return result
+    }
+
+    /// Opens several hot-added disks for a restore onto them, as `openHotAddedTarget` does; those that have to be added
+    /// come in one request for each controller.
+    ///
+    /// - Returns: the disks, in the order of their sources.
+    /// - Throws: `BlockError` of the first that cannot be opened; nothing stays open then.
+    public static func openHotAddedTargets(_ sources: [SourceReference]) throws(BlockError) -> [any BlockDevice] {
+        let added = try openImages(of: sources, isWritable: true, isDirect: true)
+        var result: [any BlockDevice] = []
+        for (source, device) in zip(sources, added) {
+            if let device { result.append(device) } else { result.append(try source.openHotAddedTarget()) }
+        }
+        return result
+    }
+
+    /// Adds what has to be added to this proxy, in one request for each controller.
+    ///
+    /// - Returns: for each source its disk; nil for those that are no images to be added.
+    private static func openImages(of sources: [SourceReference], isWritable: Bool, isDirect: Bool) throws(BlockError)
+        -> [(any BlockDevice)?]
+    {
         var images: [String: [(index: Int, image: HotAddImage)]] = [:]
         for (index, source) in sources.enumerated() {
             guard case .hotAdd(.image(let image)) = source.kind else { continue }
@@ -115,13 +143,9 @@ extension SourceReference {
         }
         var devices = [(any BlockDevice)?](repeating: nil, count: sources.count)
         for wanted in images.values {
-            let opened = try HotAddedDisk.open(wanted.map(\.image), isWritable: false, isDirect: false)
+            let opened = try HotAddedDisk.open(wanted.map(\.image), isWritable: isWritable, isDirect: isDirect)
             for (place, device) in zip(wanted, opened) { devices[place.index] = device }
         }
-        var result: [any BlockDevice] = []
-        for (source, device) in zip(sources, devices) {
-            if let device { result.append(device) } else { result.append(try source.open()) }
-        }
-        return result
+        return devices
     }
 }

@@ -55,7 +55,7 @@ public struct HotAddTask: Sendable {
         }
         let doing = "adding \(images.map(\.path).joined(separator: ", ")) to this machine"
         let isUnprotected = images.allSatisfy(\.isUnprotected)
-        if isUnprotected { _ = HostProtection.warn(doing) } else { try HostProtection().require(doing) }
+        if isUnprotected { HostProtection.warn(doing) } else { try HostProtection().require(doing) }
         let controller = try HotAddControllers.open(first.controller)
         let turn = try turn(at: first.controller)
         defer { withExtendedLifetime(turn) {} }

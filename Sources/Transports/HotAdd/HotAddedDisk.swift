@@ -17,6 +17,8 @@ struct HotAddedDisk {
     var isDirect = false
     /// Whether it may be opened although this machine's own programs may act on it.
     var isUnprotected = false
+    /// Whether people were warned of that already, when it was added.
+    var isWarnedOf = false
     let inventory = DiskInventory()
 
     /// Waits until the disk is there, and opens it. Nobody else can mount, assemble or write it from then on.
@@ -26,7 +28,8 @@ struct HotAddedDisk {
     ///   has taken its place while it was opened.
     func open(seconds: Double = patience) throws(BlockError) -> any BlockDevice {
         let protection = HostProtection()
-        let kept = isUnprotected ? HostProtection.warn(doing) : try protection.require(doing)
+        if isUnprotected && !isWarnedOf { HostProtection.warn(doing) }
+        let kept = isUnprotected ? HostProtection.unprotected : try protection.require(doing)
         let disk = try find(seconds: seconds)
         if !isUnprotected { try protection.confirm(disk, doing) }
         var options = RawOptions()
@@ -69,7 +72,7 @@ struct HotAddedDisk {
             for disk in disks {
                 let added = HotAddedDisk(
                     selector: .serial(disk.serial), isWritable: isWritable, isDirect: isDirect,
-                    isUnprotected: disk.isUnprotected == true)
+                    isUnprotected: disk.isUnprotected == true, isWarnedOf: disk.isUnprotected == true)
                 devices.append(HeldDevice(try added.open()) { withExtendedLifetime(held) {} })
             }
             return devices

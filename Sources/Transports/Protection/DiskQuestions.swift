@@ -21,7 +21,7 @@ struct DiskUse: Equatable {
 
     /// What uses a disk of this machine; nil where nothing does.
     static func now(_ disk: AttachedDisk, _ all: [AttachedDisk]) -> DiskUse? {
-        let report = DiskReport(disk, among: all, users: NodeUsers(), readsContent: false)
+        let report = DiskReport(disk, among: all, users: NodeUsers(), protections: nil, readsContent: false)
         let mounts = report.uses.filter { $0.hasPrefix("/") }
         let isSystem = report.uses.contains {
             ["/", "/boot", "/usr", "swap"].contains($0) || $0.hasPrefix("/boot/")

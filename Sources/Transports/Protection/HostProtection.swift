@@ -64,7 +64,7 @@ public struct HostProtection: Sendable {
 
     /// The disks that the rule is about.
     func scsiDisks() throws(BlockError) -> [AttachedDisk] {
-        try inventory.disks().filter { $0.address != nil && $0.name.hasPrefix("sd") }
+        try inventory.disks().filter(\.isSubjectToRule)
     }
 
     // MARK: - Checking
@@ -108,15 +108,15 @@ public struct HostProtection: Sendable {
         return kept.isEmpty ? "nothing here acts on disks" : "of \(kept.joined(separator: ", "))"
     }
 
+    /// From what disks are kept that were opened with `unprotected=yes`, for people.
+    static let unprotected = "no: unprotected=yes was said"
+
     /// Says aloud that nobody has looked whether disks are kept out, because somebody has said so.
-    ///
-    /// - Returns: that, for people.
-    static func warn(_ doing: String) -> String {
+    static func warn(_ doing: String) {
         let text =
             "diskgate: warning: \(doing): nothing was done to keep this machine's LVM, mdadm, multipath and file "
             + "systems from what lies on the disk (unprotected=yes): they may start it, and write to it\n"
         _ = text.withCString { write(STDERR_FILENO, $0, strlen($0)) }
-        return "no: unprotected=yes was said"
     }
 
     /// Has udev read its rules where they have just been changed, and it may not have looked yet.

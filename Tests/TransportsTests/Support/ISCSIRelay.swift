@@ -12,7 +12,14 @@ final class ISCSIRelay: Sendable {
         case closes
         /// The target is asked for half as much, so that its answer is shorter, without a residual count.
         case shortens
+        /// The target is not asked; pieces of an answer come without end.
+        case floods
+        /// As `closes`; and the unit tells none of its pages, so that nothing names it.
+        case closesNameless
     }
+
+    /// Bytes of a flood, where nobody ends it.
+    private static let floodMax = 1 << 30
 
     let port: UInt16
     /// Reads that were spoiled.
@@ -69,7 +76,7 @@ final class ISCSIRelay: Sendable {
                     let data = Int(asked[5]) << 16 | Int(asked[6]) << 8 | Int(asked[7])
                     let length = 48 + Int(asked[4]) * 4 + (data + 3) / 4 * 4
                     if asked.count < length { break }
-                    guard let message = spoil(Array(asked[..<length])), sendAll(server, message) else { return }
+                    guard let message = spoil(Array(asked[..<length]), client), sendAll(server, message) else { return }
                     asked.removeFirst(length)
                 }
             }
@@ -77,11 +84,16 @@ final class ISCSIRelay: Sendable {
     }
 
     /// The message to pass on; nil to close.
-    private func spoil(_ message: [UInt8]) -> [UInt8]? {
+    private func spoil(_ message: [UInt8], _ client: Int32) -> [UInt8]? {
+        if fault == .closesNameless, message[0] & 0x3F == 1, message[32] == 0x12, message[33] == 1 {
+            // A page that no unit has.
+            return Array(message[..<34]) + [0xFE] + message[35...]
+        }
         let first = message[34..<42].reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
         guard message[0] & 0x3F == 1, message[32] == 0x88, first == block else { return message }
         spoiled.add(1, ordering: .relaxed)
-        if fault == .closes { return nil }
+        if fault == .floods { flood(client, answering: message) }
+        if fault != .shortens { return nil }
         // Both the expected length and the command's number of blocks.
         var message = message
         for offset in [20, 42] {
@@ -89,6 +101,16 @@ final class ISCSIRelay: Sendable {
             for index in 0..<4 { message[offset + index] = UInt8(truncatingIfNeeded: half >> (24 - 8 * index)) }
         }
         return message
+    }
+
+    /// Sends pieces of data of a command, none of which is the last (RFC 7143, 11.7).
+    private func flood(_ client: Int32, answering message: [UInt8]) {
+        let length = 65536
+        var piece: [UInt8] = [0x25, 0, 0, 0, 0, UInt8(length >> 16), UInt8(length >> 8 & 255), UInt8(length & 255)]
+        piece += [UInt8](repeating: 0, count: 8) + message[16..<20] + [UInt8](repeating: 0xFF, count: 4)
+        piece += [UInt8](repeating: 0, count: 24 + length)
+        var sent = 0
+        while sent < Self.floodMax, !isStopped.load(ordering: .relaxed), sendAll(client, piece) { sent += piece.count }
     }
 
     private func receive(_ socket: Int32) -> [UInt8]? {
