@@ -61,11 +61,11 @@ private func inventory(_ hosts: String) throws -> Inventory {
         }
     }
 
-    @Test func theLastThatIsLeftIsKnownBeforeItIsOpened() throws {
+    @Test func whatIsLeftIsKnownBeforeItIsOpened() throws {
         try withTemporaryDirectory { directory in
-            let only = try disk(directory, [.file: [excluded]]).only()
-            #expect(only?.source.description == "pattern:4K?seed=1" && only?.choice.position == 2)
-            #expect(try disk(directory, [:]).only() == nil)
+            let left = try disk(directory, [.file: [excluded]]).sourcesLeft()
+            #expect(left.map(\.description) == ["pattern:4K?seed=1"])
+            #expect(try disk(directory, [:]).sourcesLeft().count == 2)
         }
     }
 
@@ -73,7 +73,7 @@ private func inventory(_ hosts: String) throws -> Inventory {
         try withTemporaryDirectory { directory in
             var disk = try disk(directory, [.file: [excluded]])
             disk.alternatives = []
-            for open in [{ _ = try disk.open() }, { _ = try disk.openChosen() }, { _ = try disk.only() }] {
+            for open in [{ _ = try disk.open() }, { _ = try disk.openChosen() }, { _ = try disk.sourcesLeft() }] {
                 do {
                     try open()
                     Issue.record("it was opened")
