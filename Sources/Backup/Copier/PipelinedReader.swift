@@ -33,7 +33,10 @@ final class PipelinedReader {
         var wanted: UInt64 = 0
         /// Its requests in flight.
         var flying = 0
+        /// How often it was refused, and whether that was since something of it was sent: one trouble of a server
+        /// refuses all requests that it meets.
         var attempts = 0
+        var isRefused = false
         /// Its place in the order of the plan.
         var number: UInt64 = 0
     }
@@ -139,6 +142,8 @@ final class PipelinedReader {
         guard case .refused(let reason) = error else {
             return lose(error, &loss)
         }
+        if slots[index].isRefused { return }
+        slots[index].isRefused = true
         slots[index].attempts += 1
         let attempts = slots[index].attempts
         if attempts > crew.options.retries || ![.inputOutput, .shutdown, .noMemory].contains(reason.kind) {
@@ -185,6 +190,8 @@ final class PipelinedReader {
                 slots[index].wanted = .max >> (64 - requests)
                 crew.pay(range.count64)
             }
+            // What was refused is asked for again once all of it is known.
+            if slots[index].isRefused && slots[index].flying > 0 { continue }
             while slots[index].wanted != 0 {
                 let number = UInt64(slots[index].wanted.trailingZeroBitCount)
                 let range = slots[index].range
@@ -194,6 +201,7 @@ final class PipelinedReader {
                 let part = UnsafeMutableRawBufferPointer(rebasing: buffer.bytes[start..<(start + count)])
                 try channel.submitRead(into: part, at: range.lowerBound + offset, token: UInt64(index) * 64 + number)
                 slots[index].wanted &= ~(1 << number)
+                slots[index].isRefused = false
                 slots[index].flying += 1
                 flying += 1
             }

@@ -101,8 +101,8 @@ final class GivenDisks: Provider {
 
     /// Adds the disks whose first source has to be added to this proxy, in one request.
     ///
-    /// - Returns: those that are open, by their ids, and why not, for those that have no other source. Where the request
-    ///   fails, each of the others takes its own way.
+    /// - Returns: those that are open, by their ids, and why not, for those that have no other source. Where the
+    ///   request fails, each of the others takes its own way.
     private func addTogether(_ disks: [GivenDisksPlace.Disk]) -> ([String: any BlockDevice], [String: BlockError]) {
         var images: [(disk: GivenDisksPlace.Disk, source: SourceReference, isOnly: Bool)] = []
         for disk in disks {

@@ -20,6 +20,8 @@ public struct HotAddImage: Sendable, Equatable {
     public var controller: String
     /// Whether to add it although this machine's own programs may act on it.
     public var isUnprotected = false
+    /// Whether it is read around the page cache.
+    public var isDirect = false
 
     /// An image.
     public init(path: String, format: String, controller: String) {
@@ -60,6 +62,7 @@ extension SourceReference {
             }
             var image = HotAddImage(path: value, format: parameter("format") ?? "raw", controller: controller)
             image.isUnprotected = try flag("unprotected", parameter("unprotected"), of: text)
+            image.isDirect = try flag("direct", parameter("direct"), of: text)
             return .image(image)
         }
         throw BlockError(
@@ -70,19 +73,19 @@ extension SourceReference {
 
     /// Opens a hot-added disk, or adds it first.
     ///
-    /// - Parameter isDirect: whether it is read and written around the page cache; nil for what direct= says.
-    func openHotAdded(_ reference: HotAddReference, writable: Bool, isDirect: Bool? = nil) throws(BlockError)
+    /// - Parameter isDirect: whether it is read and written around the page cache whatever direct= says.
+    func openHotAdded(_ reference: HotAddReference, writable: Bool, isDirect: Bool = false) throws(BlockError)
         -> any BlockDevice
     {
-        let says = try flag("direct")
-        let isDirect = isDirect ?? says
         switch reference {
         case .present(let selector):
             try allow(["direct", "timeout", "unprotected"])
             guard let seconds = Double(parameter("timeout") ?? "\(HotAddedDisk.patience)"), (0...3600).contains(seconds)
             else { throw BlockError(.invalid, "opening \(self): give timeout=SECONDS, 0 to 3600") }
+            let says = try flag("direct")
             let disk = HotAddedDisk(
-                selector: selector, isWritable: writable, isDirect: isDirect, isUnprotected: try flag("unprotected"))
+                selector: selector, isWritable: writable, isDirect: isDirect || says,
+                isUnprotected: try flag("unprotected"))
             return try disk.open(seconds: seconds)
         case .image(let image):
             try checkImage(image)

@@ -57,6 +57,7 @@ struct HotAddedDisk {
 
     /// Adds images to this proxy, all in one request, for as long as one of them is open.
     ///
+    /// - Parameter isDirect: whether all are read and written around the page cache, and not only those that say so.
     /// - Throws: `BlockError`, which says so if disks stay added.
     static func open(_ images: [HotAddImage], isWritable: Bool, isDirect: Bool) throws(BlockError) -> [any BlockDevice]
     {
@@ -69,10 +70,11 @@ struct HotAddedDisk {
         let held = lease
         var devices: [any BlockDevice] = []
         do throws(BlockError) {
-            for disk in disks {
+            for (disk, image) in zip(disks, images) {
                 let added = HotAddedDisk(
-                    selector: .serial(disk.serial), isWritable: isWritable, isDirect: isDirect,
-                    isUnprotected: disk.isUnprotected == true, isWarnedOf: disk.isUnprotected == true)
+                    selector: .serial(disk.serial), isWritable: isWritable,
+                    isDirect: isDirect || image.isDirect, isUnprotected: disk.isUnprotected == true,
+                    isWarnedOf: disk.isUnprotected == true)
                 devices.append(HeldDevice(try added.open()) { withExtendedLifetime(held) {} })
             }
             return devices
