@@ -181,7 +181,8 @@ public struct KernelMount: Codable, Sendable {
         let process = try ChildProgram.start(words, input: nil, output: errors.number, errors: errors.number)
         server = process
         try note()
-        let deadline = monotonicSeconds() + 60
+        // The server may have to wait for a session of the source's host first.
+        let deadline = monotonicSeconds() + 60 + SiteSessions.siteWaitSeconds
         while access(socket, F_OK) < 0 {
             if ChildProgram.reapIfEnded(process) != nil || monotonicSeconds() > deadline {
                 let said = (try? readSmallFile(log)).map { String(decoding: $0, as: UTF8.self) } ?? ""

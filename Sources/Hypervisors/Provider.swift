@@ -18,6 +18,11 @@ public protocol Provider: AnyObject, Sendable {
     /// Asks the hypervisor about the machine.
     func inspect() throws(BlockError) -> VirtualMachine
 
+    /// As `inspect`, for a run that takes some of the disks only: the others need not be looked at closely.
+    ///
+    /// - Parameter isWanted: whether a disk, of which at least the id and a name are known, takes part.
+    func inspect(where isWanted: (VirtualDisk) -> Bool) throws(BlockError) -> VirtualMachine
+
     /// Prepares the machine so that the next run can be followed by incremental ones. Done twice, it changes nothing.
     ///
     /// - Returns: what was done, one sentence for each disk.
@@ -44,6 +49,8 @@ public protocol Provider: AnyObject, Sendable {
 }
 
 extension Provider {
+    public func inspect(where isWanted: (VirtualDisk) -> Bool) throws(BlockError) -> VirtualMachine { try inspect() }
+
     public func identify() throws(BlockError) -> (id: String, name: String) {
         let machine = try inspect()
         return (machine.id, machine.name)

@@ -183,11 +183,14 @@ struct StateArguments: ParsableArguments {
             valueName: "directory"))
     var stateDirectory: String?
 
-    /// Disks that are added for this command are noted there, too.
+    /// Makes it that of this process and of those that it starts, in every command that has the option and before
+    /// anything is opened: disks that are added for the command are noted there, and sessions counted there, too.
     func validate() throws {
-        if let stateDirectory { setenv("DISKGATE_STATE_DIRECTORY", stateDirectory, 1) }
+        guard let stateDirectory else { return }
+        if stateDirectory.isEmpty { throw ValidationError("--state-directory: give the name of a directory.") }
+        setenv("DISKGATE_STATE_DIRECTORY", stateDirectory, 1)
     }
 
-    /// The directory.
-    var directory: String { stateDirectory ?? defaultStateDirectory() }
+    /// The directory, which is the same one for whoever asks.
+    var directory: String { defaultStateDirectory() }
 }

@@ -55,6 +55,7 @@ struct CheckCommand: ParsableCommand {
         var site = try Inventory.read(inventory)
         if site.proxy?.discover == true { site.discover(try MachineFacts.gather { HostProtection().rule() }) }
         let machines = try vm.map { [try site.machine(named: $0)] } ?? site.machines
+        // Where --try takes them, too: see StateArguments.
         let sessions = HostSessions(stateDirectory: state.directory)
         let rules = TransportRules(site, takesSnapshot: !asIs) { path in
             access(path, R_OK) == 0 ? nil : systemErrorText(errno)

@@ -57,6 +57,45 @@ func cancelOnSignal(_ cancellation: Cancellation) throws {
     }
 }
 
+/// Lets SIGINT and SIGTERM, which are blocked, end the waiting for sessions for as long as something is done. They are
+/// not taken: they are there afterwards for whoever asks for them. SIGHUP is none that ends a server.
+func endWaitingOnSignals(while body: () throws -> Void) throws {
+    let wanted = [SIGINT, SIGTERM]
+    let number = dg_signalfd(wanted, Int32(wanted.count))
+    if number < 0 { throw BlockError(errno: -number, "waiting for signals") }
+    let signals = Descriptor(owning: number)
+    let stop = try makeEvent()
+    let ended = try makeEvent()
+    try startThread(name: "signals") {
+        var ready = [
+            pollfd(fd: signals.number, events: Int16(POLLIN), revents: 0),
+            pollfd(fd: stop.number, events: Int16(POLLIN), revents: 0),
+        ]
+        // A signal is seen, and not read.
+        while poll(&ready, 2, -1) < 0 && errno == EINTR {}
+        if ready[0].revents != 0 { SiteSessions.endWaiting() }
+        makeReadable(ended)
+    }
+    defer {
+        makeReadable(stop)
+        var ready = pollfd(fd: ended.number, events: Int16(POLLIN), revents: 0)
+        while poll(&ready, 1, -1) < 0 && errno == EINTR {}
+    }
+    try body()
+}
+
+/// A descriptor that one thread makes readable for another.
+private func makeEvent() throws(BlockError) -> Descriptor {
+    let number = dg_eventfd()
+    if number < 0 { throw BlockError(errno: -number, "waiting for signals") }
+    return Descriptor(owning: number)
+}
+
+private func makeReadable(_ event: Descriptor) {
+    var one: UInt64 = 1
+    write(event.number, &one, 8)
+}
+
 /// Keeps SIGINT, SIGTERM and SIGHUP waiting for whoever asks for them.
 ///
 /// - Returns: these signals.

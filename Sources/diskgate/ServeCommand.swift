@@ -161,26 +161,13 @@ struct ServeCommand: ParsableCommand {
         var request = ServeRequest(log: Logger(label: "diskgate") { _ in StandardErrorLog(level: level) })
         try site.apply()
         let all = try sources.flatMap { try disk($0).sources }
-        if all.contains(where: \.isHotAdded) {
-            // A server waits for its end by itself, once it is one.
-            if stdio { try giveBackOnSignals(all) } else { blockEndingSignals() }
-        }
-        for (index, source) in sources.enumerated() {
-            let device: any BlockDevice
-            if let checkpoints {
-                let log = request.log
-                let disk = try disk(source).openCheckpointed(in: checkpoints) { log.warning("\($0)") }
-                request.checkpointed[exportName(index)] = disk
-                device = disk.device
-            } else {
-                let chosen = try disk(source).openChosen()
-                report(chosen.choice)
-                device = chosen.opened
-            }
-            request.exports.append(
-                try Export(
-                    name: exportName(index), description: index < description.count ? description[index] : "",
-                    device: device, options: try options()))
+        if !stdio && all.contains(where: \.isHotAdded) {
+            // A server waits for its end by itself, once it is one. Before, nothing but a session is waited for long.
+            blockEndingSignals()
+            try endWaitingOnSignals { try openSources(for: &request) }
+        } else {
+            try giveBackOnSignals(all)
+            try openSources(for: &request)
         }
         request.listen = try addresses()
         request.usesStandardIO = stdio
@@ -204,6 +191,26 @@ struct ServeCommand: ParsableCommand {
         request.version = DiskgateCommand.configuration.version
         request.graceSeconds = grace
         return request
+    }
+
+    private func openSources(for request: inout ServeRequest) throws {
+        for (index, source) in sources.enumerated() {
+            let device: any BlockDevice
+            if let checkpoints {
+                let log = request.log
+                let disk = try disk(source).openCheckpointed(in: checkpoints) { log.warning("\($0)") }
+                request.checkpointed[exportName(index)] = disk
+                device = disk.device
+            } else {
+                let chosen = try disk(source).openChosen()
+                report(chosen.choice)
+                device = chosen.opened
+            }
+            request.exports.append(
+                try Export(
+                    name: exportName(index), description: index < description.count ? description[index] : "",
+                    device: device, options: try options()))
+        }
     }
 
     private func disk(_ source: String) throws -> DiskSpecification {

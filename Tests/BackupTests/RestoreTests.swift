@@ -222,6 +222,62 @@ import Testing
         }
     }
 
+    @Test func twoDisksAreNotRestoredToOnePlace() throws {
+        try withTemporaryDirectory { directory in
+            func requireRefusal(_ first: String, _ second: String) {
+                let error = #expect(throws: BlockError.self) {
+                    _ = try RestoreDestination.open(
+                        [
+                            RestoreDestination.Wanted(disk: "vda", place: first, size: 1 << 20),
+                            RestoreDestination.Wanted(disk: "vdb", place: second, size: 1 << 20),
+                        ], isDifferential: true, mayReplace: true)
+                }
+                let said = "restoring disk vdb: \(second) is another disk's already: vda goes to \(first)"
+                #expect(error?.kind == .invalid && error?.message == said, "\(String(describing: error))")
+            }
+            let old = patternBytes(1_500_000, seed: 4)
+            let file = try directory.makeFile("disk.raw", old)
+            let name = directory.file("link")
+            symlink(file, name)
+            for other in [file, "\(directory.path)/./disk.raw", "file://\(file)", name] {
+                requireRefusal(file, other)
+            }
+            try requireEqual(try contentOfFile(file), old, "untouched")
+            #expect(access("\(file).incomplete", F_OK) < 0)
+            if !LoopDevice.areAvailable { return }
+            try LoopDevice.with(patternBytes(1 << 20, seed: 9)) { node, _ in
+                let name = directory.file("node")
+                symlink(node, name)
+                requireRefusal(name, node)
+            }
+        }
+    }
+
+    /// Where another disk cannot be restored, a file that was cut for it is not what it was.
+    @Test func aFileThatWasCutStaysMarked() throws {
+        try withTemporaryDirectory { directory in
+            func requireFailure(beside path: String) throws {
+                try requireError(.notFound, "the other disk") {
+                    _ = try RestoreDestination.open(
+                        [
+                            RestoreDestination.Wanted(disk: "vda", place: path, size: 1 << 20),
+                            RestoreDestination.Wanted(disk: "vdb", place: directory.file("none"), size: 1 << 20),
+                        ], isDifferential: true, mayReplace: true)
+                }
+            }
+            let right = try directory.makeFile("right.raw", patternBytes(1 << 20, seed: 4))
+            try requireFailure(beside: right)
+            #expect(access("\(right).incomplete", F_OK) < 0)
+            let larger = try directory.makeFile("larger.raw", patternBytes(1_500_000, seed: 5))
+            // The second time it has the right size already.
+            for _ in 0..<2 {
+                try requireFailure(beside: larger)
+                #expect(access("\(larger).incomplete", F_OK) == 0)
+                #expect(try contentOfFile(larger).count == 1 << 20)
+            }
+        }
+    }
+
     @Test func placesThatAreSomethingElseAreRefused() throws {
         try withPoints { directory, model in
             func open(_ path: String, differential: Bool = false) throws -> RestoreDestination {

@@ -99,6 +99,22 @@ import Testing
         #expect(access(folder.file("other.raw"), F_OK) != 0)
     }
 
+    @Test func `a server that fails at everything for a moment is tried again`() throws {
+        let folder = try Folder()
+        let trouble = try folder.filled("trouble", size: 1)
+        let peer = try Peer.nbdkit(
+            "--filter=error", "pattern", "64M", "error-pread=EIO", "error-pread-rate=100%",
+            "error-pread-file=\(trouble)", in: folder)
+        let copy = try Running(["copy", "--workers", "1", peer.uri(), folder.file("copy.raw")])
+        // More requests of a piece than a piece may have tries: all that are in flight meet the same trouble.
+        #expect(eventually { peer.log.split(separator: "\n").count { $0.contains("injecting") } >= 16 })
+        unlink(trouble)
+        let outcome = try copy.end()
+        #expect(outcome.status == 0, "\(outcome)")
+        try run("nbdcopy", peer.uri(), folder.file("whole.raw"))
+        #expect(try isSame(folder.file("whole.raw"), folder.file("copy.raw")))
+    }
+
     @Test func `a signal ends a copy from a server that does not answer`() throws {
         let folder = try Folder()
         let image = try folder.image("disk.raw", seed: 2)

@@ -53,7 +53,7 @@ private struct Inventoried {
         #expect(outcome.status == 3 && outcome.text.contains(reason), "\(outcome)")
         for fact in [
             "\"chosen\" : \"nbd\"", "\"chosen\" : \"file\"", "\"rule\" : \"san.datastore-type\"",
-            "\"rule\" : \"nbd.sessions\"", "a snapshot covers the disk",
+            "\"rule\" : \"nbd.host\"", "a snapshot covers the disk",
         ] { #expect(outcome.text.contains(fact), "\(fact) is not in \(outcome)") }
         // It was never looked for.
         #expect(!outcome.text.contains("no such LUN"))
@@ -103,11 +103,26 @@ private struct Inventoried {
         #expect(try isSame(machine.restored("sdc"), machine.raw))
     }
 
+    @Test func `disks that do not take part take no session`() throws {
+        let machine = try Inventoried()
+        var site = machine.site
+        site.disks = """
+            {"key": 2000, "sources": ["\(machine.uri)"]}, {"key": 2001, "sources": ["\(machine.uri)"]}
+            """
+        try site.store()
+        let both = try machine.backup("disks:web?snapshot=s")
+        #expect(both.status == 1 && both.text.contains("all by this process itself"), "\(both)")
+        let one = try machine.backup("disks:web?snapshot=s", "--disk", "2001")
+        #expect(one.status == 0, "\(one)")
+        #expect(try isSame(machine.restored("2001"), machine.served))
+    }
+
     @Test func `sessions that others have send a disk another way`() throws {
         let machine = try Inventoried()
         let gateway = try Gateway([machine.uri], in: machine.folder, environment: machine.site.environment)
         let full = try machine.backup("disks:web?snapshot=s", "--or", "2000=\(machine.served)")
-        #expect(full.status == 3 && full.text.contains("disk 2000: not over nbd: 1 of 1 sessions of the host esx1"))
+        #expect(full.status == 3 && full.text.contains("disk 2000: not over nbd: "), "\(full)")
+        #expect(full.text.contains("1 of 1 sessions of the host esx1 are taken"), "\(full)")
         #expect(full.text.contains("not over file: "), "\(full)")
         #expect(try gateway.stop() == 0)
         // The machine's host is its sources' host, whatever they name.

@@ -25,6 +25,20 @@ private struct Limited {
     func held(_ body: (Gateway) throws -> Void) throws {
         try body(try Gateway([uri], in: folder, environment: site.environment))
     }
+
+    /// Starts a command that waits for the session, and runs a body with its process id once it says so.
+    ///
+    /// - Returns: how it ended, and all that it has said.
+    func waiting(_ words: [String], _ body: (pid_t) throws -> Void) throws -> (status: Int32, said: String) {
+        let errors = try namelessFile()
+        defer { close(errors) }
+        func said() throws -> String { String(decoding: try content(of: errors), as: UTF8.self) }
+        let pid = try Tool.diskgate.start(words, output: errors, errors: errors, environment: site.environment)
+        let waits = try eventually { try said().contains("waiting up to 100 s for a session of the host esx1") }
+        #expect(waits)
+        try body(pid)
+        return (try waitForEnd(of: pid, what: words[0]), try said())
+    }
 }
 
 @Suite struct SiteSessionTests {
@@ -68,25 +82,64 @@ private struct Limited {
         let limited = try Limited(policy: #""sessionWaitSeconds": 100"#)
         let target = try limited.folder.filled("copy", size: 3 << 20)
         try limited.held { gateway in
-            func waiting(_ body: (pid_t) throws -> Void) throws -> (status: Int32, said: String) {
-                let errors = try namelessFile()
-                defer { close(errors) }
-                func said() throws -> String { String(decoding: try content(of: errors), as: UTF8.self) }
-                let pid = try Tool.diskgate.start(
-                    ["copy", "--force", limited.uri, target], output: errors, errors: errors,
-                    environment: limited.site.environment)
-                let waits = try eventually { try said().contains("waiting up to 100 s for a session of the host esx1") }
-                #expect(waits)
-                try body(pid)
-                return (try waitForEnd(of: pid, what: "the copy"), try said())
-            }
-            let stopped = try waiting { kill($0, SIGTERM) }
+            let copy = ["copy", "--force", limited.uri, target]
+            let stopped = try limited.waiting(copy) { kill($0, SIGTERM) }
             #expect(stopped.status == 1 && stopped.said.contains("stopped while it waited"), "\(stopped.said)")
-            let served = try waiting { (_: pid_t) throws in #expect(try gateway.stop() == 0) }
+            let served = try limited.waiting(copy) { (_: pid_t) throws in #expect(try gateway.stop() == 0) }
             #expect(served.status == 0 && served.said.contains("process \(gateway.pid)"), "\(served.said)")
             #expect(served.said.split(separator: "waiting up to").count == 2)
         }
         #expect(try isSame(limited.image, target))
+    }
+
+    @Test(arguments: [SIGTERM, SIGINT]) func `a server that has disks added stops waiting`(_ signal: Int32) throws {
+        let limited = try Limited(policy: #""sessionWaitSeconds": 100"#)
+        try limited.held { _ in
+            // Nobody answers there, but it is the other source's turn before.
+            let added = "hotadd:image=/nowhere/disk?controller=qmp+unix:\(limited.folder.file("none"))&unprotected=yes"
+            let listen = ["--listen", "unix:\(limited.folder.file("other"))"]
+            let stopped = try limited.waiting(["serve", limited.uri, added] + listen) { kill($0, signal) }
+            #expect(stopped.status == 1 && stopped.said.contains("stopped while it waited"), "\(stopped.said)")
+        }
+    }
+
+    @Test func `sessions are counted in the directory that a command is given`() throws {
+        var limited = try Limited()
+        limited.site.disks = """
+            {"key": 2000, "capacity": \(3 << 20), "file": "[fast] web/a.vmdk", "sources": ["\(limited.uri)"]}
+            """
+        try limited.site.store()
+        let folder = limited.folder
+        // The environment names another one than the holder's.
+        let environment = ["DISKGATE_INVENTORY=\(limited.site.path)", "DISKGATE_STATE_DIRECTORY=\(folder.file("x"))"]
+        func run(_ words: [String], state: String) throws -> Outcome {
+            let all = words + ["--transports", "nbd", "--state-directory", folder.file(state)]
+            return try Tool.diskgate.run(all, environment: environment)
+        }
+        let backup = ["backup", "--vm", "disks:web?snapshot=s", "--repository", folder.file("points")]
+        let check = ["check", "--all", "--inventory", limited.site.path]
+        try limited.held { _ in
+            for words in [backup, check, check + ["--try"]] {
+                let full = try run(words, state: "state")
+                #expect(full.status == 1, "\(full)")
+                #expect((full.text + full.errors).contains("1 of 1 sessions of the host esx1"), "\(full)")
+                // A colon is a part of the name.
+                let free = try run(words, state: "a:b")
+                #expect(free.status != 1, "\(free)")
+                #expect(!(free.text + free.errors).contains("1 of 1 sessions of the host esx1"), "\(free)")
+            }
+        }
+        #expect(access(folder.file("a:b/sessions"), F_OK) == 0)
+        #expect(access(folder.file("a"), F_OK) < 0 && access(folder.file("x"), F_OK) < 0)
+    }
+
+    @Test func `who cannot count sessions says what for, and where else to`() throws {
+        let limited = try Limited()
+        let denied = try Tool.diskgate.run(
+            ["info", limited.uri],
+            environment: ["DISKGATE_INVENTORY=\(limited.site.path)", "DISKGATE_STATE_DIRECTORY=/proc/none"])
+        #expect(denied.status == 1 && denied.errors.contains("which has a session limit: "), "\(denied)")
+        #expect(denied.errors.contains("/proc/none") && denied.errors.contains("(DISKGATE_STATE_DIRECTORY names"))
     }
 
     @Test func `who waited for as long as the policy says is denied`() throws {
@@ -100,15 +153,17 @@ private struct Limited {
 
     @Test func `all connections of a copy are one session, and each try gives its own back`() throws {
         let limited = try Limited(policy: "")
-        let target = try limited.folder.filled("copy", size: 3 << 20)
-        // Slow enough for all workers to have something to do.
+        let image = try limited.folder.image("large")
+        let target = try limited.folder.filled("copy")
+        // Large and slow enough for several workers to have something to do, however late they begin.
         let port = try freePorts(1)[0]
         let slow = try Peer.nbdkit(
-            port: port, "-r", "--filter=delay", "file", limited.image, "rdelay=100ms", in: limited.folder)
+            port: port, "-r", "--filter=delay", "file", image, "rdelay=500ms", in: limited.folder)
         let copy = try limited.site.run(
             "copy", "--json", "--workers", "4", "--force", "nbd://127.0.0.1:\(port)/", target)
-        #expect(copy.status == 0 && !copy.text.contains("\"workers\" : 1"), "\(copy)")
-        #expect(try isSame(limited.image, target))
+        // It comes last in the report.
+        #expect(copy.status == 0 && !copy.text.contains("\"workers\" : 1\n"), "\(copy)")
+        #expect(try isSame(image, target))
         slow.kill()
         let tried = try limited.site.run("info", "nbd://127.0.0.1:1/", "--or", limited.uri)
         #expect(tried.status == 3 && tried.text.contains("transport:       nbd (2nd of 2;"), "\(tried)")

@@ -15,13 +15,18 @@ public final class RestoreDestination: Sendable {
     public let isBlank: Bool
     private let partial: String?
     private let marker: String?
+    /// Whether the marker stays although nothing was written: opening the file has cut or grown it, or an earlier
+    /// restore was not finished.
+    private let staysMarked: Bool
     /// Keeps another restore from the same `.partial` file.
     private let lock: FileLock?
 
     private init(
-        name: String, device: any BlockDevice, isBlank: Bool, partial: String?, marker: String?, lock: FileLock? = nil
+        name: String, device: any BlockDevice, isBlank: Bool, partial: String?, marker: String?,
+        staysMarked: Bool = false, lock: FileLock? = nil
     ) {
         self.lock = lock
+        self.staysMarked = staysMarked
         self.name = name
         self.device = device
         self.isBlank = isBlank
@@ -100,6 +105,24 @@ public final class RestoreDestination: Sendable {
         }
     }
 
+    /// What a destination is, whatever it is called.
+    private enum Place: Hashable {
+        case node(dev_t)
+        case file(dev_t, ino_t)
+        /// Not there yet, or not of this machine.
+        case text(String)
+
+        init(_ text: String, _ reference: SourceReference) {
+            var status = stat()
+            guard case .path(let path) = reference.kind, stat(path, &status) == 0 else {
+                self = .text(text)
+                return
+            }
+            let isNode = status.st_mode & S_IFMT == S_IFBLK
+            self = isNode ? .node(status.st_rdev) : .file(status.st_dev, status.st_ino)
+        }
+    }
+
     /// Opens the destinations of several disks. Images that have to be hot-added for it come in one request.
     ///
     /// - Returns: the destinations in the order of the disks.
@@ -107,13 +130,17 @@ public final class RestoreDestination: Sendable {
     public static func open(
         _ wanted: [Wanted], isDifferential: Bool, mayReplace: Bool, outside repository: Repository? = nil
     ) throws(BlockError) -> [RestoreDestination] {
-        var places: Set<String> = []
+        var takers: [Place: Wanted] = [:]
         var (hotAdded, references): ([Int], [SourceReference]) = ([], [])
         for (index, one) in wanted.enumerated() {
-            if !places.insert(one.place).inserted {
-                throw BlockError(.invalid, "restoring disk \(one.disk): \(one.place) is another disk's already")
-            }
             let reference = try SourceReference(one.place)
+            // One file may have several names, and a later disk would overwrite an earlier one.
+            if let other = takers.updateValue(one, forKey: Place(one.place, reference)) {
+                throw BlockError(
+                    .invalid,
+                    "restoring disk \(one.disk): \(one.place) is another disk's already: \(other.disk) goes to "
+                        + other.place)
+            }
             guard case .hotAdd = reference.kind else { continue }
             if !isDifferential && !mayReplace { throw refusal(one.place, "hot-added disk") }
             hotAdded.append(index)
@@ -162,13 +189,14 @@ public final class RestoreDestination: Sendable {
         }
     }
 
-    private static func existing(_ name: String, _ device: any BlockDevice, _ size: UInt64, marker: String?)
-        throws(BlockError) -> RestoreDestination
-    {
+    private static func existing(
+        _ name: String, _ device: any BlockDevice, _ size: UInt64, marker: String?, staysMarked: Bool = false
+    ) throws(BlockError) -> RestoreDestination {
         if device.info.size < size {
             throw BlockError(.noSpace, "restoring to \(name): it has \(device.info.size) bytes, the disk \(size)")
         }
-        return RestoreDestination(name: name, device: device, isBlank: false, partial: nil, marker: marker)
+        return RestoreDestination(
+            name: name, device: device, isBlank: false, partial: nil, marker: marker, staysMarked: staysMarked)
     }
 
     private static func differential(
@@ -186,11 +214,13 @@ public final class RestoreDestination: Sendable {
         try refuseUsed(file, path)
         // Until it is whole again, nobody is to take it for what it was, or for what it will be.
         let marker = "\(path).incomplete"
+        let staysMarked = present != size || access(marker, F_OK) == 0
         try writeDurably(marker, Array("a restore to \(path) was not finished: restore again\n".utf8))
         if ftruncate(file.number, off_t(truncatingIfNeeded: size)) < 0 {
             throw BlockError(errno: errno, "sizing \(path) to \(size) bytes")
         }
-        return try existing(path, try RawFileDevice(file, name: path, options), size, marker: marker)
+        return try existing(
+            path, try RawFileDevice(file, name: path, options), size, marker: marker, staysMarked: staysMarked)
     }
 
     /// Refuses a file that begins like an image, which would not be one any more: the disk is written as it is.
@@ -259,7 +289,7 @@ public final class RestoreDestination: Sendable {
     /// - Parameter isUntouched: whether nothing was written yet.
     public func abandon(isUntouched: Bool = false) {
         if let partial { unlink(partial) }
-        if isUntouched, let marker { unlink(marker) }
+        if isUntouched, !staysMarked, let marker { unlink(marker) }
     }
 }
 

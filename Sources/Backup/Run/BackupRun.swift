@@ -121,7 +121,7 @@ public final class BackupRun {
 
     private func inspect(_ provider: any Provider) throws(BlockError) -> VirtualMachine {
         report.machine = provider.name
-        let machine = try provider.inspect()
+        let machine = try provider.inspect(where: request.disks.wants)
         report.machineName = machine.name
         return machine
     }

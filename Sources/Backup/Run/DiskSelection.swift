@@ -31,10 +31,9 @@ public struct DiskSelection: Sendable {
         var leftOut: [(disk: VirtualDisk, reason: String)] = []
         for disk in machine.disks {
             let isAskedFor = included.contains { matches($0, disk) }
-            if excluded.contains(where: { matches($0, disk) }) {
-                leftOut.append((disk, "excluded"))
-            } else if !included.isEmpty && !isAskedFor {
-                leftOut.append((disk, "not included"))
+            if !wants(disk) {
+                let isExcluded = excluded.contains { matches($0, disk) }
+                leftOut.append((disk, isExcluded ? "excluded" : "not included"))
             } else if let obstacle = disk.obstacle {
                 if isAskedFor {
                     throw BlockError(
@@ -51,6 +50,12 @@ public struct DiskSelection: Sendable {
                 .invalid, "choosing disks of \(machine.name): none is left\(reasons.isEmpty ? "" : " (\(reasons))")")
         }
         return (disks, leftOut)
+    }
+
+    /// Whether a disk takes part, if it can be backed up.
+    func wants(_ disk: VirtualDisk) -> Bool {
+        if excluded.contains(where: { matches($0, disk) }) { return false }
+        return included.isEmpty || included.contains { matches($0, disk) }
     }
 
     private func matches(_ pattern: String, _ disk: VirtualDisk) -> Bool {

@@ -44,22 +44,28 @@ final class GivenDisks: Provider {
         }
     }
 
-    func inspect() throws(BlockError) -> VirtualMachine {
+    func inspect() throws(BlockError) -> VirtualMachine { try inspect { _ in true } }
+
+    func inspect(where isWanted: (VirtualDisk) -> Bool) throws(BlockError) -> VirtualMachine {
         var machine = VirtualMachine(id: name, name: place.name, isRunning: false)
         machine.hasHypervisor = false
+        func closed(_ disk: GivenDisksPlace.Disk) -> VirtualDisk {
+            VirtualDisk(id: disk.id, size: disk.capacity ?? 0, name: disk.name, format: "raw")
+        }
         let disks = try found().disks
-        for (disk, result) in zip(disks, open(disks)) {
-            var described: VirtualDisk
-            switch result {
+        // What does not take part is neither added to this proxy nor takes a session of its host.
+        let wanted = disks.filter { isWanted(closed($0)) }
+        let results = Dictionary(zip(wanted.map(\.id), open(wanted))) { first, _ in first }
+        for disk in disks {
+            var described = closed(disk)
+            switch results[disk.id] {
+            case nil: break
             case .success(let opened):
                 let info = opened.device.info
                 described = VirtualDisk(
                     id: disk.id, size: info.size, name: opened.source.description, format: info.format)
                 described.choice = opened.choice
-            case .failure(let error):
-                // It may be one that is left out.
-                described = VirtualDisk(id: disk.id, size: disk.capacity ?? 0, name: disk.name, format: "raw")
-                described.failure = error
+            case .failure(let error): described.failure = error
             }
             described.trackingObstacle = "nobody tells what changes on it"
             machine.disks.append(described)
@@ -73,9 +79,15 @@ final class GivenDisks: Provider {
     private func open(_ disks: [GivenDisksPlace.Disk]) -> [Result<OpenDisk, BlockError>] {
         opened.withLock { opened in
             let missing = disks.filter { opened[$0.id] == nil }
-            var (added, failures) = addTogether(missing)
-            for disk in missing where failures[disk.id] == nil {
+            // Two runs that have a part each of what both need would wait for each other.
+            let turn =
+                missing.count > 1 ? SiteSessions.turn(for: missing.compactMap { try? $0.specification.get() }) : nil
+            defer { withExtendedLifetime(turn) {} }
+            var added = addTogether(missing)
+            var failures: [String: BlockError] = [:]
+            for disk in missing {
                 do throws(BlockError) {
+                    try SiteSessions.checkEnding("backing up \(name)")
                     let specification = try disk.specification.get()
                     // What was added with the others is open already when it is tried first.
                     var ready = added.removeValue(forKey: disk.id)
@@ -101,23 +113,18 @@ final class GivenDisks: Provider {
 
     /// Adds the disks whose first source has to be added to this proxy, in one request.
     ///
-    /// - Returns: those that are open, by their ids, and why not, for those that have no other source. Where the
-    ///   request fails, each of the others takes its own way.
-    private func addTogether(_ disks: [GivenDisksPlace.Disk]) -> ([String: any BlockDevice], [String: BlockError]) {
-        var images: [(disk: GivenDisksPlace.Disk, source: SourceReference, isOnly: Bool)] = []
+    /// - Returns: those that are open, by their ids; none where the request fails: then each takes its own way, which
+    ///   may be another one.
+    private func addTogether(_ disks: [GivenDisksPlace.Disk]) -> [String: any BlockDevice] {
+        var images: [(id: String, source: SourceReference)] = []
         for disk in disks {
-            guard let specification = try? disk.specification.get(), let left = try? specification.sourcesLeft(),
-                let first = left.first, case .hotAdd(.image) = first.kind
+            guard let specification = try? disk.specification.get(),
+                let first = try? specification.sourcesLeft().first, case .hotAdd(.image) = first.kind
             else { continue }
-            images.append((disk, first, left.count == 1))
+            images.append((disk.id, first))
         }
-        if images.count < 2 { return ([:], [:]) }
-        do throws(BlockError) {
-            let devices = try SourceReference.open(images.map(\.source))
-            return (Dictionary(zip(images.map(\.disk.id), devices)) { first, _ in first }, [:])
-        } catch {
-            return ([:], Dictionary(images.filter(\.isOnly).map { ($0.disk.id, error) }) { first, _ in first })
-        }
+        guard images.count > 1, let devices = try? SourceReference.open(images.map(\.source)) else { return [:] }
+        return Dictionary(zip(images.map(\.id), devices)) { first, _ in first }
     }
 
     func begin(_ request: SnapshotRequest, ledger: RunLedger) throws(BlockError) -> any SnapshotSession {

@@ -59,8 +59,10 @@ extension GivenDisksPlace {
             found.warnings.append("the inventory says that \(machine.title) runs, and offline=yes that it is off")
         }
         for (index, disk) in machine.disks.enumerated() {
-            // Sources say where their files are, and opening them tells the rest.
-            let judgement = findings[index].mapValues { $0.filter { $0.rule != "file.path" } }
+            // Sources say where their files are, and opening them tells the rest. What is free then is what counts, and
+            // not what disks would take that may be left out.
+            let told = ["file.path", "hotadd.slots", "nbd.sessions", "nbdssl.sessions"]
+            let judgement = findings[index].mapValues { $0.filter { !told.contains($0.rule) } }
             var known = SiteDisk(
                 title: "disk \(disk.key) of \(machine.title)", host: site.host(machine.host), policy: site.policy,
                 findings: judgement)

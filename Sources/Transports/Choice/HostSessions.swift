@@ -27,7 +27,9 @@ public struct HostSessions: Sendable {
     public func holders(of key: String) throws(BlockError) -> [Holder] {
         let folder = folder(of: key)
         if access(folder, F_OK) < 0 && errno == ENOENT { return [] }
-        return try withGate(folder) { () throws(BlockError) in try look(folder).holders }
+        return try counting(key) { () throws(BlockError) in
+            try withGate(folder) { () throws(BlockError) in try look(folder).holders }
+        }
     }
 
     /// Takes a session of each of some limits.
@@ -48,13 +50,24 @@ public struct HostSessions: Sendable {
         while true {
             var locks: [FileLock] = []
             for limit in limits {
-                guard let lock = try take(limit, for: purpose) else { break }
+                let lock = try counting(limit.key) { () throws(BlockError) in try take(limit, for: purpose) }
+                guard let lock else { break }
                 locks.append(lock)
             }
             if locks.count == limits.count { return HostSession(locks) }
             locks.removeAll()
             if monotonicSeconds() >= end || isEnding() { return nil }
             usleep(50_000)
+        }
+    }
+
+    /// Says what the files are for, where they cannot be made: whoever opens a disk has not asked for any.
+    private func counting<R>(_ key: String, _ body: () throws(BlockError) -> R) throws(BlockError) -> R {
+        do throws(BlockError) { return try body() } catch {
+            throw BlockError(
+                error.kind,
+                "counting sessions of the \(key), which has a session limit: \(error.message) "
+                    + "(DISKGATE_STATE_DIRECTORY names a directory for that, which has to be writable)")
         }
     }
 

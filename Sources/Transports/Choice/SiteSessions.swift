@@ -37,6 +37,51 @@ public enum SiteSessions {
     /// Ends all waiting: the process is about to end.
     public static func endWaiting() { isEnding.withLock { $0 = true } }
 
+    /// Fails when the process is about to end.
+    ///
+    /// - Parameter doing: what is not done then.
+    /// - Throws: `.shutdown`.
+    public static func checkEnding(_ doing: String) throws(BlockError) {
+        if isEnding.withLock({ $0 }) { throw BlockError(.shutdown, "\(doing): stopped while it waited for a session") }
+    }
+
+    /// Waits for this process's turn to take several sessions: whoever has a part of what it needs must not wait for
+    /// another who has the rest. For so long as a session is waited for; then it goes on without.
+    ///
+    /// - Parameter disks: what is to be opened.
+    /// - Returns: what to hold until all are open; nil where nothing is limited, or it cannot be had.
+    public static func turn(for disks: [DiskSpecification]) -> AnyObject? {
+        let site = (try? SiteInventory.current()) ?? nil
+        let hosts = disks.compactMap { $0.site?.host } + (site?.hosts ?? [])
+        if hosts.allSatisfy({ SessionLimit.limits(of: $0).isEmpty }) { return nil }
+        let directory = "\(defaultStateDirectory())/locks"
+        guard (try? makeDirectories(directory)) != nil else { return nil }
+        let policy = disks.compactMap { $0.site?.policy }.first ?? site?.policy ?? ChoicePolicy()
+        let end = monotonicSeconds() + waitSeconds(policy)
+        while !isEnding.withLock({ $0 }) {
+            guard let lock = try? FileLock.take("\(directory)/sessions.lock") else {
+                if monotonicSeconds() >= end { return nil }
+                usleep(50_000)
+                continue
+            }
+            return lock
+        }
+        return nil
+    }
+
+    /// For how many seconds a disk may wait for a session by the site's inventory; 0 where there is none, or none that
+    /// can be read.
+    public static var siteWaitSeconds: Double {
+        guard let site = try? SiteInventory.current() else { return 0 }
+        return waitSeconds(site.policy)
+    }
+
+    /// For how many seconds a policy lets a disk wait for a session.
+    private static func waitSeconds(_ policy: ChoicePolicy) -> Double {
+        if policy.waitsForSessions == false { return 0 }
+        return Double(min(max(policy.sessionWaitSeconds ?? standardSeconds, 0), 86_400))
+    }
+
     /// Takes a session of each limit that an export's host has, by the site's inventory and by what is known of the
     /// disk.
     ///
@@ -62,8 +107,7 @@ public enum SiteSessions {
     {
         let sessions = HostSessions()
         if let session = try sessions.take(limits, for: purpose) { return session }
-        var seconds = Double(min(max(policy.sessionWaitSeconds ?? standardSeconds, 0), 86_400))
-        if policy.waitsForSessions == false { seconds = 0 }
+        let seconds = waitSeconds(policy)
         if let holders = try exhausted(limits, sessions)?.holders {
             // Nobody else will give one back.
             if holders.allSatisfy({ $0.process == getpid() }) {
@@ -79,9 +123,7 @@ public enum SiteSessions {
         }
         let session = try sessions.take(limits, for: purpose, seconds: seconds) { isEnding.withLock { $0 } }
         if let session { return session }
-        if isEnding.withLock({ $0 }) {
-            throw BlockError(.shutdown, "opening \(opening): stopped while it waited for a session")
-        }
+        try checkEnding("opening \(opening)")
         throw try refusal(limits, sessions, opening, seconds > 0 ? "for \(Int(seconds)) s" : "and none is waited for")
     }
 

@@ -76,6 +76,8 @@ extension DiskSpecification {
                     opened: opened, disk: with(source),
                     choice: TransportChoice(disk: title, position: index + 1, candidates: candidates))
             } catch {
+                // Whoever stops the process does not want the next source.
+                try SiteSessions.checkEnding("opening \(title)")
                 // That others have all sessions says nothing about the server.
                 if source.transport == .nbdssl && hasSession {
                     failed = failed ?? source.description
@@ -126,7 +128,15 @@ extension DiskSpecification {
 
     /// A source, with what the rules say of its transport.
     private func candidate(_ source: SourceReference) -> TransportCandidate {
-        let findings = source.transport.flatMap { site?.findings[$0] } ?? []
+        let known = source.transport.flatMap { site?.findings[$0] } ?? []
+        // Rules of a transport that say nothing of this way to it.
+        let findings = known.filter { finding in
+            switch finding.rule {
+            case "nbd.clear-text": source.crossesNetworkInClear
+            case "san.luns": !source.isOverISCSI
+            default: true
+            }
+        }
         return TransportCandidate(source.transport, source: source.description, findings: findings)
     }
 
@@ -159,6 +169,15 @@ extension TransportCandidate {
 }
 
 extension SourceReference {
+    /// Whether its LUNs are reached by libiscsi, and not by the kernel.
+    fileprivate var isOverISCSI: Bool {
+        switch kind {
+        case .iscsi: true
+        case .san: parameters.contains { $0.key == "lun" && $0.value.hasPrefix("iscsi:") }
+        default: false
+        }
+    }
+
     /// Whether its bytes come over a network without TLS.
     var crossesNetworkInClear: Bool {
         guard case .nbd(let uri) = kind, uri.tls == nil else { return false }

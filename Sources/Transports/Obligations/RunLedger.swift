@@ -277,10 +277,10 @@ private func systemText(_ path: String) -> String {
 /// Where diskgate keeps what has to survive it: `DISKGATE_STATE_DIRECTORY`, systemd's `STATE_DIRECTORY`, for root
 /// /var/lib/diskgate, for others what the XDG base directory specification says.
 public func defaultStateDirectory() -> String {
-    for name in ["DISKGATE_STATE_DIRECTORY", "STATE_DIRECTORY"] {
-        if let value = getenv(name).map({ String(cString: $0) }), let first = value.split(separator: ":").first {
-            return String(first)
-        }
+    if let given = getenv("DISKGATE_STATE_DIRECTORY").map({ String(cString: $0) }), !given.isEmpty { return given }
+    // systemd names all directories of a unit there, with colons between them.
+    if let unit = getenv("STATE_DIRECTORY").map({ String(cString: $0) }), let first = unit.split(separator: ":").first {
+        return String(first)
     }
     if geteuid() == 0 { return "/var/lib/diskgate" }
     if let state = getenv("XDG_STATE_HOME").map({ String(cString: $0) }), state.hasPrefix("/") {

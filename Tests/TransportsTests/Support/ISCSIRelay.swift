@@ -18,8 +18,8 @@ final class ISCSIRelay: Sendable {
         case closesNameless
     }
 
-    /// Bytes of a flood, where nobody ends it.
-    private static let floodMax = 1 << 30
+    /// Bytes of a flood, where nobody ends it: far more than is asked for, and few enough for any machine's memory.
+    private static let floodMax = 128 << 20
 
     let port: UInt16
     /// Reads that were spoiled.
