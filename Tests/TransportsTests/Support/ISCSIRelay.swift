@@ -20,6 +20,8 @@ final class ISCSIRelay: Sendable {
 
     /// Bytes of a flood, where nobody ends it: far more than is asked for, and few enough for any machine's memory.
     private static let floodMax = 128 << 20
+    /// Bytes of it that come without a pause: more than any answer may have.
+    private static let burst = 4 << 20
 
     let port: UInt16
     /// Reads that were spoiled.
@@ -110,7 +112,11 @@ final class ISCSIRelay: Sendable {
         piece += [UInt8](repeating: 0, count: 8) + message[16..<20] + [UInt8](repeating: 0xFF, count: 4)
         piece += [UInt8](repeating: 0, count: 24 + length)
         var sent = 0
-        while sent < Self.floodMax, !isStopped.load(ordering: .relaxed), sendAll(client, piece) { sent += piece.count }
+        while sent < Self.floodMax, !isStopped.load(ordering: .relaxed), sendAll(client, piece) {
+            sent += piece.count
+            // libiscsi reads until there is nothing, and only then can be counted what it has read.
+            if sent / Self.burst > (sent - piece.count) / Self.burst { usleep(50_000) }
+        }
     }
 
     private func receive(_ socket: Int32) -> [UInt8]? {
