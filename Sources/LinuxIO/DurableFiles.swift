@@ -179,6 +179,24 @@ public final class FileLock: Sendable {
         }
     }
 
+    /// Locks a file, which is made where it is missing, and waits for others.
+    ///
+    /// - Parameters:
+    ///   - seconds: for how long.
+    ///   - isEnding: asked now and then whether it is not worth waiting any more.
+    /// - Returns: nil when others have held the lock all the time.
+    /// - Throws: `BlockError` of the system's reason.
+    public static func take(_ path: String, seconds: Double, unless isEnding: () -> Bool = { false })
+        throws(BlockError) -> FileLock?
+    {
+        let end = monotonicSeconds() + seconds
+        while true {
+            if let lock = try take(path) { return lock }
+            if isEnding() || monotonicSeconds() > end { return nil }
+            usleep(50_000)
+        }
+    }
+
     /// Locks a file that is open already.
     ///
     /// - Returns: nil when others hold the lock.

@@ -153,7 +153,7 @@ public final class RestoreDestination: Sendable {
                     one.place, size: one.size, isDifferential: isDifferential, mayReplace: mayReplace,
                     outside: repository)
             }
-            for (index, device) in zip(hotAdded, try SourceReference.openHotAddedTargets(references)) {
+            for (index, device) in zip(hotAdded, try SourceReference.openTogether(references, asTargets: true)) {
                 opened[index] = try existing(wanted[index].place, device, wanted[index].size, marker: nil)
             }
         } catch {

@@ -123,7 +123,9 @@ final class GivenDisks: Provider {
             else { continue }
             images.append((disk.id, first))
         }
-        guard images.count > 1, let devices = try? SourceReference.open(images.map(\.source)) else { return [:] }
+        guard images.count > 1, let devices = try? SourceReference.openTogether(images.map(\.source)) else {
+            return [:]
+        }
         return Dictionary(zip(images.map(\.id), devices)) { first, _ in first }
     }
 

@@ -57,16 +57,11 @@ public enum SiteSessions {
         let directory = "\(defaultStateDirectory())/locks"
         guard (try? makeDirectories(directory)) != nil else { return nil }
         let policy = disks.compactMap { $0.site?.policy }.first ?? site?.policy ?? ChoicePolicy()
-        let end = monotonicSeconds() + waitSeconds(policy)
-        while !isEnding.withLock({ $0 }) {
-            guard let lock = try? FileLock.take("\(directory)/sessions.lock") else {
-                if monotonicSeconds() >= end { return nil }
-                usleep(50_000)
-                continue
-            }
-            return lock
-        }
-        return nil
+        let isStopped = { isEnding.withLock { $0 } }
+        if isStopped() { return nil }
+        // Where the file cannot be locked, taking a session says why.
+        return (try? FileLock.take("\(directory)/sessions.lock", seconds: waitSeconds(policy), unless: isStopped))
+            ?? nil
     }
 
     /// For how many seconds a disk may wait for a session by the site's inventory; 0 where there is none, or none that

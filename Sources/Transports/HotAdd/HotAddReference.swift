@@ -104,39 +104,14 @@ extension SourceReference {
         return try openHotAdded(reference, writable: true, isDirect: true)
     }
 
-    /// Opens several disks for reading. Those that have to be added to this proxy come in one request for each
-    /// controller, so that they are there together or not at all.
+    /// Opens several disks. Those that have to be added to this proxy come in one request for each controller, so that
+    /// they are there together or not at all.
     ///
+    /// - Parameter asTargets: whether for a restore onto them, as `openHotAddedTarget` does.
     /// - Returns: the disks, in the order of their sources.
     /// - Throws: `BlockError` of the first that cannot be opened; nothing stays open then.
-    public static func open(_ sources: [SourceReference]) throws(BlockError) -> [any BlockDevice] {
-        let added = try openImages(of: sources, isWritable: false, isDirect: false)
-        var result: [any BlockDevice] = []
-        for (source, device) in zip(sources, added) {
-            if let device { result.append(device) } else { result.append(try source.open()) }
-        }
-        return result
-    }
-
-    /// Opens several hot-added disks for a restore onto them, as `openHotAddedTarget` does; those that have to be added
-    /// come in one request for each controller.
-    ///
-    /// - Returns: the disks, in the order of their sources.
-    /// - Throws: `BlockError` of the first that cannot be opened; nothing stays open then.
-    public static func openHotAddedTargets(_ sources: [SourceReference]) throws(BlockError) -> [any BlockDevice] {
-        let added = try openImages(of: sources, isWritable: true, isDirect: true)
-        var result: [any BlockDevice] = []
-        for (source, device) in zip(sources, added) {
-            if let device { result.append(device) } else { result.append(try source.openHotAddedTarget()) }
-        }
-        return result
-    }
-
-    /// Adds what has to be added to this proxy, in one request for each controller.
-    ///
-    /// - Returns: for each source its disk; nil for those that are no images to be added.
-    private static func openImages(of sources: [SourceReference], isWritable: Bool, isDirect: Bool) throws(BlockError)
-        -> [(any BlockDevice)?]
+    public static func openTogether(_ sources: [SourceReference], asTargets: Bool = false) throws(BlockError)
+        -> [any BlockDevice]
     {
         var images: [String: [(index: Int, image: HotAddImage)]] = [:]
         for (index, source) in sources.enumerated() {
@@ -144,10 +119,18 @@ extension SourceReference {
             try source.checkImage(image)
             images[image.controller, default: []].append((index, image))
         }
-        var devices = [(any BlockDevice)?](repeating: nil, count: sources.count)
+        var added: [Int: any BlockDevice] = [:]
         for wanted in images.values {
-            let opened = try HotAddedDisk.open(wanted.map(\.image), isWritable: isWritable, isDirect: isDirect)
-            for (place, device) in zip(wanted, opened) { devices[place.index] = device }
+            let opened = try HotAddedDisk.open(wanted.map(\.image), isWritable: asTargets, isDirect: asTargets)
+            for (place, device) in zip(wanted, opened) { added[place.index] = device }
+        }
+        var devices: [any BlockDevice] = []
+        for (index, source) in sources.enumerated() {
+            if let device = added[index] {
+                devices.append(device)
+            } else {
+                devices.append(asTargets ? try source.openHotAddedTarget() : try source.open())
+            }
         }
         return devices
     }

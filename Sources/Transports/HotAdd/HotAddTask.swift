@@ -121,17 +121,12 @@ public struct HotAddTask: Sendable {
             let isPlain = (48...57).contains(byte) || (97...122).contains(byte | 32)
             text += isPlain ? String(UnicodeScalar(byte)) : "_"
         }
-        let end = monotonicSeconds() + Self.waits.turn
-        while true {
-            if let lock = try FileLock.take("\(directory)/hotadd-\(name.suffix(200)).lock") { return lock }
-            if monotonicSeconds() > end {
-                throw BlockError(
-                    .denied,
-                    "adding disks by \(controller): another task has been adding or removing disks for "
-                        + "\(Int(Self.waits.turn)) s")
-            }
-            usleep(50_000)
-        }
+        let path = "\(directory)/hotadd-\(name.suffix(200)).lock"
+        if let lock = try FileLock.take(path, seconds: Self.waits.turn) { return lock }
+        throw BlockError(
+            .denied,
+            "adding disks by \(controller): another task has been adding or removing disks for "
+                + "\(Int(Self.waits.turn)) s")
     }
 
     private func waitForDisk(_ obligation: Obligation) throws(BlockError) -> AttachedDisk {
